@@ -1,0 +1,900 @@
+"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a talking
+character, picture and sound together, in 4 or 8 network evaluations per chunk. Read it leaf to root.
+
+The paper in six sentences. A transformer of an audio and a video branch, joined by one self-attention, makes
+a film chunk by chunk and keeps the chunks already made in a cache. One set of weights serves two modes: the
+*multi-step* mode predicts the instantaneous velocity of a flow from noise to data (many small steps), the
+*few-step* mode the average velocity over an interval (4 or 8 large steps). Stage 1 trains each branch alone,
+stage 2 couples them on real history. In each step of stage 3, Mutual Forcing, the few-step mode rolls out a
+history, and the multi-step mode learns the real chunk given that history. Then the multi-step mode, frozen,
+teaches the few-step mode, by ShortCut (a step lands where two half steps do) and DMD (distribution matching).
+So each mode makes the other better, and no bidirectional teacher is needed.
+
+Reading order: conventions and Config, codecs, noise schedules, transformer, its two forms (parallel with a
+mask, streaming with a cache), the denoising loop and the sampler, the objectives, checkpoints.
+
+Axes                                          Symbols
+  B  films in a batch                           x    clean latents          x_t  noised latents
+  S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
+  C  chunks (cfg.chunk latent steps each)       v    velocity x - noise     u    the network's velocity
+  N  tokens of one branch in one latent step    x_hat  the network's clean prediction
+  D  width    H  heads    E  values of a latent step (all its video tokens, then all its audio tokens)
+
+t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts the clean x_hat; the losses
+live in velocity space: u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+BRANCHES = ("video", "audio")
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "                               # the symbols of a transcript, 0 to 26
+SILENCE = 26
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every size of the method. Stored in checkpoints as a plain dict; the scripts override fields by name.
+    The paper has 7B parameters a branch behind pretrained VAEs; the sizes here are our choice: one laptop.
+    """
+    width: int = 192             # D, values of a token
+    layers: int = 6              # blocks, each with a video and an audio side
+    heads: int = 3               # H, heads of the joint self-attention
+    image: int = 64              # height and width of the picture in pixels
+    fps: int = 16                # frames per second
+    step_frames: int = 2         # frames of one latent step
+    patch: int = 16              # height and width of a video token in pixels
+    sample_rate: int = 8000      # samples per second
+    step_sounds: int = 4         # hops of sound in one latent step
+    bands: int = 2               # audio tokens of one hop: low and high half of its spectrum
+    compand: float = 0.35        # exponent that tames the peaks of the sound's spectrum
+    sound_scale: float = 6.4     # brings the companded spectrum to about unit variance
+    chunk: int = 2               # latent steps made at a time
+    window: int = 6              # W, chunks of history that a chunk sees beside the sink
+    symbols: int = 27            # letters of the transcript and silence; one more stands for "unknown"
+    margin: int = 4              # frames of transcript seen before and after a chunk
+    characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
+    clock: int = 16              # seconds after which every rotary phase in time has come round
+    shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
+
+    def __post_init__(self):
+        if self.image % self.patch or self.sample_rate % (self.fps * self.step_sounds // self.step_frames):
+            raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
+        if self.width % self.heads or self.head_dim % 8:
+            raise ValueError("width / heads must be a multiple of 8 (three axes share the rotary pairs)")
+        if 2 * (self.window + 1) * self.chunk * self.step_frames > self.clock * self.fps:
+            raise ValueError("the rotary clock must be at least twice as long as the window")
+
+    head_dim = property(lambda c: c.width // c.heads)
+    grid = property(lambda c: c.image // c.patch)                          # video tokens along one side
+    video_tokens = property(lambda c: c.grid ** 2)                         # N of the video branch
+    video_dim = property(lambda c: c.step_frames * c.patch ** 2 * 3)       # values of a video token
+    hop = property(lambda c: c.sample_rate * c.step_frames // (c.fps * c.step_sounds))   # samples
+    audio_tokens = property(lambda c: c.step_sounds * c.bands)             # N of the audio branch
+    audio_dim = property(lambda c: c.hop // c.bands)                       # values of an audio token
+    video_values = property(lambda c: c.video_tokens * c.video_dim)        # of a latent step
+    audio_values = property(lambda c: c.step_sounds * c.hop)               # of a latent step
+    step_values = property(lambda c: c.video_values + c.audio_values)      # E
+    clock_ticks = property(lambda c: c.clock * c.fps * c.step_sounds // c.step_frames)
+    chunk_frames = property(lambda c: c.chunk * c.step_frames)
+    chunk_seconds = property(lambda c: c.chunk_frames / c.fps)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Codecs: fixed, exact, streamable. The paper uses pretrained VAEs; a fork puts them here with the same verbs.
+
+class VideoCodec:
+    """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE)."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """uint8 (B, F, image, image, 3), F a multiple of step_frames -> (B, S, N, video_dim) in [-1, 1]."""
+        cfg, b = self.cfg, len(frames)
+        assert not frames.shape[1] % cfg.step_frames and frames.shape[2:] == (cfg.image, cfg.image, 3)
+        x = frames.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, cfg.video_tokens, cfg.video_dim)
+        return x.float() / 127.5 - 1
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Inverse of encode, clipped: (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
+        cfg, b = self.cfg, x.shape[0]
+        x = x.reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
+        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, -1, cfg.image, cfg.image, 3)
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class AudioCodec:
+    """Samples to companded MDCT tokens and back (our choice; the paper has an audio VAE). Token k covers
+    samples [(k - 1) hop, (k + 1) hop) under a sine window, and neighbours cancel each other's aliases, so the
+    transform is orthogonal, has no seams and looks back one hop only. The spectrum is companded, sign(c)
+    |c|^p, because its few high peaks would otherwise own the loss.
+    """
+
+    def __init__(self, cfg: Config):
+        self.cfg, m = cfg, cfg.hop
+        n, k = torch.arange(2 * m, dtype=torch.float64)[:, None], torch.arange(m, dtype=torch.float64)
+        window = torch.sin(math.pi / (2 * m) * (n + 0.5))
+        basis = window * math.sqrt(2 / m) * torch.cos(math.pi / m * (n + 0.5 + m / 2) * (k + 0.5))
+        self.basis = basis.float()                                     # (2 hop, hop)
+
+    def encode(self, samples: Tensor, before: Tensor | None = None) -> Tensor:
+        """Samples (B, n hop) in [-1, 1], and the hop before (zeros at a film's start) -> (B, n, hop)."""
+        m, b = self.cfg.hop, samples.shape[0]
+        before = samples.new_zeros(b, m) if before is None else before
+        hops = torch.cat([before, samples], 1).view(b, -1, m)          # fails unless whole hops are given
+        return self.compress(torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device))
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Inverse of encode: a whole film (B, n, hop) -> (B, n hop), whose last hop fades."""
+        samples, tail = self.decode_next(tokens)
+        return torch.cat([samples[:, self.cfg.hop:], tail], 1)
+
+    def decode_next(self, tokens: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, n, hop) -> samples (B, n hop), one hop late; the tail (B, hop), for the next call or the
+        end."""
+        m, b = self.cfg.hop, tokens.shape[0]
+        halves = self.expand(tokens) @ self.basis.T.to(tokens.device)  # (B, n, 2 hop)
+        tail = halves.new_zeros(b, m) if tail is None else tail
+        early = torch.cat([tail[:, None], halves[:, :-1, m:]], 1)      # what the token before left over
+        return (early + halves[..., :m]).reshape(b, -1), halves[:, -1, m:].clone()
+
+    def compress(self, c: Tensor) -> Tensor:
+        """Spectrum -> about unit variance, few peaks."""
+        return c.sign() * c.abs() ** self.cfg.compand * self.cfg.sound_scale
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Inverse of compress."""
+        z = z / self.cfg.sound_scale
+        return z.sign() * z.abs() ** (1 / self.cfg.compand)
+
+
+def cut_branches(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent steps (B, S, E) -> the values of video (B, S, N video_dim) and of audio (B, S, N hop)."""
+    return z.split([cfg.video_values, cfg.audio_values], -1)
+
+
+def split(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Latent steps (B, S, E) -> video tokens (B, S, N, video_dim) and audio tokens (B, S, N, audio_dim)."""
+    video, audio = cut_branches(cfg, z)
+    return video.unflatten(-1, (-1, cfg.video_dim)), audio.unflatten(-1, (-1, cfg.audio_dim))
+
+
+def join(video: Tensor, audio: Tensor) -> Tensor:
+    """Inverse of split: a chunk is the same whole number of latent steps in both modalities."""
+    return torch.cat([video.flatten(2), audio.reshape(*video.shape[:2], -1)], -1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Noise schedules: one warp of time for the training density and for every sampling grid.
+
+MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
+
+
+def warp(u, shift: float = 4.0):
+    """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice). Pixel
+    patches are redundant: at t = 0.25 a patch of 1536 values already gives itself away, so whatever is global
+    (whose face, which colours) is decided below it, and most steps must be spent there.
+    """
+    return u / (u + shift * (1 - u))
+
+
+def time_grid(steps: int, shift: float = 4.0) -> Tensor:
+    """Warped times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1)."""
+    if steps < 1:
+        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
+    return warp(torch.linspace(0, 1, steps + 1), shift)[:, None, None]
+
+
+def draw_times(x: Tensor, chunk: int, shift: float = 4.0) -> Tensor:
+    """A training time for each chunk of x (B, S, E), as one of each latent step (B, S): logit-normal, and
+    warped, so that training is dense where the grids are (our choice)."""
+    u = torch.sigmoid(1.2 * torch.randn(x.shape[0], x.shape[1] // chunk))
+    return warp(u, shift).repeat_interleave(chunk, 1).to(x.device)
+
+
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) noise + t x, for x, noise (B, S, E) and t (B, S)."""
+    return torch.lerp(noise, x, t[..., None])
+
+
+def velocity(x_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """u = (x_hat - x_t) / (1 - t), as the losses weigh it: with the clamp."""
+    return (x_hat - x_t) / (1 - t[..., None]).clamp(min=MIN_REST)
+
+
+def displacement(x_hat: Tensor, x_t: Tensor, t: Tensor, d: Tensor) -> Tensor:
+    """d u, as the sampler moves: without the clamp, so that a last step (d = 1 - t) lands on x_hat."""
+    return (x_hat - x_t) * (d / (1 - t))[..., None]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The transformer: two branches, one joint self-attention.
+
+class Controls(NamedTuple):
+    """What steers a film. A dropped control has its "unknown" value; all dropped is the null of guidance."""
+    symbols: Tensor       # (B, margin + F + margin) long, a symbol per frame; cfg.symbols = unknown
+    character: Tensor     # (B,) long, index into cfg.characters; their number = anyone
+    first: Tensor         # (B, 1, N, video_dim), the first frame as a latent step
+    has_first: Tensor     # (B,) bool
+
+    def chunk(self, cfg: Config, index: int) -> "Controls":
+        """The controls as chunk number index sees them: its own frames of transcript and the margins."""
+        start = index * cfg.chunk_frames
+        return self._replace(symbols=self.symbols[:, start:start + cfg.chunk_frames + 2 * cfg.margin])
+
+    def dropped(self, cfg: Config) -> "Controls":
+        """The null controls."""
+        return self._replace(symbols=torch.full_like(self.symbols, cfg.symbols),
+                             character=torch.full_like(self.character, len(cfg.characters)),
+                             has_first=torch.zeros_like(self.has_first))
+
+
+def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
+    """Numbers in 0..1 (...,) -> cosines and sines of dim / 2 frequencies (..., dim)."""
+    angles = 1000 * x[..., None] * 10000 ** (torch.arange(dim // 2, device=x.device) * -2 / dim)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class StepEmbedding(nn.Module):
+    """Time t and step size d of each latent step, and the character -> the vector that modulates its tokens.
+    d enters as f(d) - f(0) through a last layer without bias that starts at zero: exactly nothing at d = 0,
+    and nothing at all before stage 3, so that the few-step mode starts as plain Euler (our choice).
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        d = cfg.width
+        self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
+        self.size = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d, bias=False))
+        self.character = nn.Embedding(len(cfg.characters) + 1, d)
+
+    def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
+        """t, d (B, S) and character (B,) -> (B, S, D)."""
+        far, near = self.size[:2](sinusoid(d)), self.size[:2](sinusoid(torch.zeros_like(d)))
+        large = self.size[2]((far - near) * (d > 0)[..., None])  # rounding alone would train it at d = 0
+        return F.silu(self.time(sinusoid(t)) + large + self.character(character)[:, None])
+
+
+class TextEmbedding(nn.Module):
+    """The timed transcript, added to the tokens of its instant (our choice; the paper uses cross-attention).
+    A frame sees the symbols of cfg.margin frames before and after it: mouths move before a letter sounds.
+    """
+
+    def __init__(self, cfg: Config, instants: int):
+        super().__init__()
+        self.instants, self.frames = instants, cfg.step_frames         # of a latent step
+        self.embed = nn.Embedding(cfg.symbols + 1, 64)
+        self.near = nn.Conv1d(64, cfg.width, 2 * cfg.margin + 1)
+        self.out = nn.Linear(cfg.step_frames * cfg.width, instants * cfg.width)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """(B, margin + F + margin) -> (B, S, instants, D)."""
+        x = F.silu(self.near(self.embed(symbols).transpose(1, 2))).transpose(1, 2)            # (B, F, D)
+        return self.out(x.unflatten(1, (-1, self.frames)).flatten(2)).unflatten(-1, (self.instants, -1))
+
+
+def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
+    """The 3-D rotary embedding: time (clock_ticks, head_dim / 4) and place (N, head_dim / 4), complex phases.
+    The unit of time is a hop of sound. Every frequency is a whole number of turns a period (our choice), so
+    positions are taken modulo the period, exactly, and stay bounded however long the film is. Half of a
+    head's pairs turn with time, half with height and width (a sound has no place: no turn).
+    """
+    pairs = cfg.head_dim // 4
+    turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64).round()
+    time = 2 * math.pi / cfg.clock_ticks * (torch.arange(cfg.clock_ticks)[:, None] * turns % cfg.clock_ticks)
+    rates = torch.logspace(0, -1, pairs // 2, dtype=torch.float64)
+    place = torch.stack(torch.meshgrid(torch.arange(cfg.grid), torch.arange(cfg.grid), indexing="ij"), -1)
+    place = (place.reshape(-1, 2, 1) * rates).flatten(1)
+    return tuple(torch.polar(torch.ones_like(angle), angle).cfloat() for angle in (time, place))
+
+
+def rotate(x: Tensor, phases: Tensor) -> Tensor:
+    """Turn the pairs of queries or keys (B, n, H, E) by phases (n, E / 2), complex."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * phases[:, None]).flatten(-2).to(x.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention: q (..., n, H, E), k and v (..., m, H, E), mask (..., 1, n, m) -> (..., n, H E)."""
+    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":           # 3 times faster than PyTorch's fused
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -1e9)
+        out = scores.softmax(-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(-2, -3).flatten(-2)
+
+
+class Side(nn.Module):
+    """One branch's half of a block: its own projections, feed-forward and modulation (section 3.1)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.heads, d = cfg.heads, cfg.width
+        self.qkv = nn.Linear(d, 3 * d, bias=False)
+        self.out = nn.Linear(d, d, bias=False)
+        self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
+        self.offset = nn.Parameter(torch.zeros(6, 1, d))               # this block's own modulation
+
+    def project(self, x: Tensor, shift: Tensor, scale: Tensor, phases: Tensor) -> list[Tensor]:
+        """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, S N, H, E)."""
+        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q = rotate(F.rms_norm(q, q.shape[-1:], self.q_gain.to(q.dtype)), phases)
+        return [q, rotate(F.rms_norm(k, k.shape[-1:], self.k_gain.to(k.dtype)), phases), v]
+
+    def finish(self, x: Tensor, seen: Tensor, gate, shift, scale, gate2) -> Tensor:
+        """Tokens x (B, S, N, D) and what they saw (B, S N, D) -> tokens after this block."""
+        x = torch.addcmul(x, gate, self.out(seen).view(x.shape))
+        h = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+        return torch.addcmul(x, gate2, self.feed(h))
+
+
+class Branch(nn.Module):
+    """All that belongs to one modality: embedding, its side of every block, head and modulation."""
+
+    def __init__(self, cfg: Config, tokens: int, values: int, instants: int):
+        super().__init__()
+        d = cfg.width
+        self.embed = nn.Linear(values, d)
+        self.text = TextEmbedding(cfg, instants)                       # the tokens of an instant share theirs
+        self.place = nn.Parameter(0.02 * torch.randn(tokens, d))
+        self.step = StepEmbedding(cfg)
+        self.modulation = nn.Linear(d, 6 * d)                          # shared by the blocks
+        self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
+        self.head_modulation = nn.Linear(d, 2 * d)
+        self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, values))
+        for layer in (self.modulation, self.head_modulation, self.head[-1]):
+            nn.init.zeros_(layer.weight)                               # adaLN-zero: blocks start as identity
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.step.size[-1].weight)
+
+    def predict(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Tokens (B, S, N, D) and condition (B, S, D) -> clean values (B, S, N, values)."""
+        shift, scale = self.head_modulation(condition)[:, :, None].chunk(2, -1)
+        return self.head(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale))
+
+
+class Part(NamedTuple):
+    """Tokens of one branch on their way through the trunk."""
+    branch: Branch
+    tokens: Tensor        # (B, S, N, D)
+    condition: Tensor     # (B, S, D), from t, d and the character
+    phases: Tensor        # (S N, head_dim / 2), rotary
+
+
+class AudioVideoTransformer(nn.Module):
+    """Two branches and one joint self-attention (section 3.1): noised latent steps in, clean ones out.
+    forward() is the parallel form for training; step() is the streaming form, which reads a KVCache. Both run
+    the same trunk, differ only in what a token may attend to, and agree (the most important test).
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1)
+        self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds)
+        self.no_first = nn.Parameter(0.02 * torch.randn(cfg.video_tokens, cfg.width))   # when there is none
+        time, place = rotary_table(cfg)
+        self.register_buffer("time", time, persistent=False)
+        self.register_buffer("place", place, persistent=False)
+
+    def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
+        n = self.cfg.step_sounds
+        ticks = steps[:, None] * n + torch.arange(n, device=steps.device)
+        time = self.time[ticks % self.cfg.clock_ticks]                 # (S, step_sounds, pairs)
+        place = self.place.expand(len(steps), -1, -1)                  # (S, N, pairs)
+        audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
+        return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
+
+    def parts(self, z: Tensor, t: Tensor, d: Tensor, steps: Tensor, controls: Controls, branches) -> dict:
+        """Latent steps z (B, k S, E), k times the same stretch of film, at t, d (B, k S) and steps (k S,)."""
+        parts = {}
+        for name, values, phases in zip(BRANCHES, split(self.cfg, z), self.phases(steps)):
+            if name in branches:
+                branch = getattr(self, name)
+                text = branch.text(controls.symbols)                   # (B, S, instants, D)
+                stretches, share = z.shape[1] // text.shape[1], values.shape[2] // text.shape[2]
+                text = text.repeat(1, stretches, 1, 1).repeat_interleave(share, 2)
+                condition = branch.step(t, d, controls.character)
+                parts[name] = Part(branch, branch.embed(values) + branch.place + text, condition, phases)
+        return parts
+
+    def first(self, controls: Controls) -> Part:
+        """The first frame, or what stands in for it: one clean, timeless latent step of video."""
+        given = controls.has_first[:, None, None, None]
+        tokens = torch.where(given, self.video.embed(controls.first), self.no_first) + self.video.place
+        one = torch.ones(len(tokens), 1, device=tokens.device)
+        condition = self.video.step(one, 0 * one, controls.character)
+        return Part(self.video, tokens, condition, torch.cat([0 * self.place, self.place], -1))
+
+    def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
+        """All blocks. attend(layer, {name: (q, k, v)}) -> {name: seen} is what the two forms differ in."""
+        tokens = {n: part.tokens for n, part in parts.items()}
+        shared = {n: part.branch.modulation(part.condition).unflatten(-1, (6, 1, -1)).movedim(2, 0)
+                  for n, part in parts.items()}                        # (6, B, S, 1, D)
+        for layer in range(self.cfg.layers):
+            sides = {n: part.branch.sides[layer] for n, part in parts.items()}
+            change = {n: (shared[n] + side.offset[:, None, None]).unbind(0) for n, side in sides.items()}
+            seen = attend(layer, {n: side.project(tokens[n], *change[n][:2], parts[n].phases)
+                                  for n, side in sides.items()})
+            tokens = {n: side.finish(tokens[n], seen[n], *change[n][2:]) for n, side in sides.items()}
+        return tokens
+
+    def predict(self, parts: dict[str, Part], tokens: dict[str, Tensor], s: int) -> Tensor:
+        """The last s latent steps of the trunk's tokens -> x_hat (B, s, E), zeros for an absent branch."""
+        empty = self.place.real.new_zeros(len(next(iter(tokens.values()))), s, self.cfg.step_values)
+        out = dict(zip(BRANCHES, cut_branches(self.cfg, empty)))
+        for n in set(BRANCHES) & set(parts):
+            values = parts[n].branch.predict(tokens[n][:, -s:], parts[n].condition[:, -s:])
+            out[n] = values.float().flatten(2)
+        return torch.cat(list(out.values()), -1)
+
+    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None = None,
+                chunk: int | None = None, branches=BRANCHES) -> Tensor:
+        """Parallel form: every chunk of a clip at once, each given the history before it.
+
+        x_t (B, S, E) with t, d (B, S) and clean history (B, S, E), or None if a chunk sees only itself ->
+        x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a bidirectional model).
+        branches: one alone is the unimodal model of stage 1.
+        """
+        cfg, (b, s) = self.cfg, x_t.shape[:2]
+        chunk = chunk or cfg.chunk
+        assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
+        assert controls.symbols.shape == (b, s * cfg.step_frames + 2 * cfg.margin), controls.symbols.shape
+        steps = torch.arange(s, device=x_t.device)
+        if history is not None:                                        # [history at t = 1, d = 0 | noisy]
+            x_t, steps = torch.cat([history, x_t], 1), torch.cat([steps, steps])
+            t, d = torch.cat([torch.ones_like(t), t], 1), torch.cat([torch.zeros_like(d), d], 1)
+        parts = self.parts(x_t, t, d, steps, controls, branches)
+        if "video" in branches:
+            parts["first"] = self.first(controls)
+        band = Band(cfg.window if history is not None else 0, s // chunk, parts, x_t.device)
+        return self.predict(parts, self.trunk(parts, band), s)
+
+    @torch.no_grad()
+    def step(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, cache: "KVCache") -> Tensor:
+        """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) at t, d (1 or B, 1) -> x_hat.
+        controls are this chunk's own (Controls.chunk). The cache is read; cache.commit() keeps the chunk.
+        """
+        b, s = x_t.shape[:2]
+        steps = cache.count * s + torch.arange(s, device=x_t.device)
+        parts = self.parts(x_t, t.expand(b, s), d.expand(b, s), steps, controls, BRANCHES)
+        return self.predict(parts, self.trunk(parts, cache.attend), s)
+
+    @torch.no_grad()
+    def start(self, controls: Controls, window: int | None = None) -> "KVCache":
+        """An empty cache that holds the first frame (or what stands in for it) as its sink."""
+        cache = KVCache(self.cfg, len(controls.character), window, controls.first.device)
+        self.trunk({"first": self.first(controls)}, cache.attend_first)
+        return cache
+
+
+class Band:
+    """Who sees whom in the parallel form: a chunk-causal band.
+
+                    columns:  first  sink   history   noisy          (W = 1 chunk of history)
+                                             0 1 2    0 1 2
+        rows:  first            x
+               history 0        x            x
+               history 1        x     x      x x
+               history 2        x     x        x x
+               noisy 0          x                     x
+               noisy 1          x     x      x          x
+               noisy 2          x     x        x          x
+
+    The sink is the first frame (or what stands in for it) and chunk 0 once more. Both are timeless: the half
+    of their keys that turns with time is zero, so they look the same from any distance, and a stream of any
+    length has no position that training never saw (our choice). Only the band is computed: a chunk's rows of
+    both kinds together read [first | sink | W chunks before | its history rows | its noisy rows].
+    """
+
+    def __init__(self, window: int, chunks: int, parts: dict[str, Part], device):   # window 0: no history
+        self.window, self.chunks, self.kinds = window, chunks, 2 if window else 1
+        self.names = [name for name in BRANCHES if name in parts]
+        self.sizes = [parts[n].phases.shape[0] // (self.kinds * chunks) for n in self.names]
+        own, first = sum(self.sizes), parts["first"].phases.shape[0] if "first" in parts else 0
+        at = torch.arange(chunks)[:, None]
+        before = (at - window + torch.arange(window) >= 0).repeat_interleave(own, 1)
+        seen = torch.cat([at.new_ones(chunks, first), (at > 0).expand(-1, own if window else 0), before], 1)
+        itself = torch.eye(self.kinds).repeat_interleave(own, 0).repeat_interleave(own, 1)
+        seen, itself = seen[:, None].expand(-1, self.kinds * own, -1), itself.expand(chunks, -1, -1)
+        self.mask = torch.cat([seen, itself], 2)[:, None].bool().to(device)    # (C, 1, rows, columns)
+
+    def columns(self, first: Tensor | None, rows: Tensor, sink) -> Tensor:
+        """Keys or values (B, kinds, C, n, H, E) -> all that a chunk's rows read, (B, C, columns, H, E)."""
+        history, spread = rows[:, 0], (-1, self.chunks, -1, -1, -1)
+        columns = [] if first is None else [first[:, None].expand(spread)]
+        if self.window:
+            padded = torch.cat([torch.zeros_like(history[:, :1])] * self.window + [history], 1)
+            before = [padded[:, i:i + self.chunks] for i in range(self.window)]
+            columns += [sink(history[:, :1]).expand(spread), *before]
+        return torch.cat([*columns, *rows.unbind(1)], 2)
+
+    def __call__(self, layer: int, parts: dict) -> dict[str, Tensor]:
+        q0, k0, v0 = parts.get("first", (None, None, None))
+        rows = zip(*([x.unflatten(1, (self.kinds, self.chunks, -1)) for x in parts[n]] for n in self.names))
+        q, k, v = (torch.cat(x, 3) for x in rows)                      # (B, kinds, C, rows, H, E)
+        q = q.transpose(1, 2).flatten(2, 3)
+        k, v = self.columns(k0, k, timeless), self.columns(v0, v, lambda x: x)
+        seen = attention(q, k, v, self.mask).unflatten(2, (self.kinds, -1)).transpose(1, 2)
+        seen = {n: x.flatten(1, 3) for n, x in zip(self.names, seen.split(self.sizes, 3))}
+        return seen if q0 is None else seen | {"first": attention(q0, k0, v0)}
+
+
+def timeless(k: Tensor) -> Tensor:
+    """Keys (..., E) without the half that turns with time."""
+    return torch.cat([torch.zeros_like(k[..., :k.shape[-1] // 2]), k[..., k.shape[-1] // 2:]], -1)
+
+
+class KVCache:
+    """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Tokens of a
+    layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
+    pass and reads the rest; commit() copies the desk into the ring's oldest place and, after chunk 0, into
+    the sink. Phases are periodic, so keys are stored turned and never touched again; the ring fills from the
+    left, so what may be seen is always one slice, without a mask.
+    """
+
+    def __init__(self, cfg: Config, batch: int, window: int | None = None, device=None):
+        self.window = cfg.window if window is None else window
+        if not 1 <= self.window <= cfg.window:
+            raise ValueError(f"window must be between 1 and {cfg.window} chunks, the most seen in training")
+        desk = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)
+        self.desk, self.first = desk, slice(desk, desk + cfg.video_tokens)
+        self.sink = slice(self.first.stop, self.first.stop + desk)
+        size = self.sink.stop + self.window * desk                     # the ring begins where the sink ends
+        self.k, self.v = torch.zeros(2, cfg.layers, batch, size, cfg.heads, cfg.head_dim, device=device)
+        self.count = 0                                                 # chunks committed so far
+
+    def attend(self, layer: int, parts: dict) -> dict[str, Tensor]:
+        """The chunk at work sees itself and all that has been committed and not evicted."""
+        q, k, v = (torch.cat(x, 1) for x in zip(*parts.values()))
+        self.k[layer, :, :self.desk], self.v[layer, :, :self.desk] = k, v
+        end = self.sink.stop + min(self.count, self.window) * self.desk if self.count else self.first.stop
+        seen = attention(q, self.k[layer, :, :end].to(q.dtype), self.v[layer, :, :end].to(q.dtype))
+        return dict(zip(parts, seen.split([part[0].shape[1] for part in parts.values()], 1)))
+
+    def attend_first(self, layer: int, parts: dict) -> dict[str, Tensor]:
+        """The first frame sees only itself, and stays."""
+        q, k, v = parts["first"]
+        self.k[layer, :, self.first], self.v[layer, :, self.first] = k, v
+        return {"first": attention(q, k, v)}
+
+    def commit(self) -> None:
+        """Keep the chunk on the desk. Call it after a pass over the finished chunk at t = 1, d = 0."""
+        start = self.sink.stop + self.count % self.window * self.desk
+        k, v = self.k[:, :, :self.desk], self.v[:, :, :self.desk]
+        self.k[:, :, start:start + self.desk], self.v[:, :, start:start + self.desk] = k, v
+        if self.count == 0:
+            self.k[:, :, self.sink], self.v[:, :, self.sink] = timeless(k), v
+        self.count += 1
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The denoising loop and the streaming sampler.
+
+def denoise(predict, x: Tensor, times: Tensor, few: bool) -> list[Tensor]:
+    """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
+    t, d) -> x_hat; times (K + 1, 1 or B, 1 or S), not falling. Few-step mode tells the network the size of
+    its step, multi-step mode asks for the instantaneous velocity (d = 0).
+    """
+    states = [x]
+    for t, d in zip(times, times.diff(dim=0)):
+        x = x + displacement(predict(x, t, d if few else torch.zeros_like(d)), x, t, d)
+        states.append(x)
+    return states
+
+
+def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool = True,
+             guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
+             real: Tensor | None = None, given: int = 0, led: Tensor | None = None, forced: bool = False):
+    """Make a film through the cache; a generator that yields the states (see denoise) of each chunk.
+    controls.symbols cover all chunks. guidance > 1 runs a second, uncontrolled cache in the same batch.
+    Training gives real (B, S, E): its first `given` chunks stand as they are; films of led (B,) bool trade
+    pure noise for the noised real chunk after one step, so that their errors are their own but their content
+    is not; and if forced, the cache keeps the real chunks (teacher forcing).
+    """
+    cfg, b, device = model.cfg, len(controls.character), controls.first.device
+    times = times.to(device)
+    if guidance != 1:
+        controls = Controls(*(torch.cat(pair) for pair in zip(controls, controls.dropped(cfg))))
+    cache = model.start(controls, window)
+    one = torch.ones(1, 1, device=device)
+    for index in range(chunks):
+        mine = controls.chunk(cfg, index)
+        x = torch.randn(b, cfg.chunk, cfg.step_values, generator=generator).to(device)
+        truth = None if real is None else real.unflatten(1, (-1, cfg.chunk))[:, index]
+
+        def predict(x_t, t, d):
+            if guidance == 1:
+                return model.step(x_t, t, d, mine, cache)
+            x_hat, null = model.step(torch.cat([x_t, x_t]), t, d, mine, cache).chunk(2)
+            return null + guidance * (x_hat - null)
+
+        if index < given:
+            states = [truth] * len(times)
+        else:
+            states = denoise(predict, x, times[:2], few)
+            if led is not None:
+                states[1] = torch.where(led[:, None, None], add_noise(truth, x, times[1]), states[1])
+            states = states[:1] + denoise(predict, states[1], times[1:], few)
+        yield states
+        done = truth if forced else states[-1]
+        model.step(done.repeat(2 if guidance != 1 else 1, 1, 1), one, 0 * one, mine, cache)
+        cache.commit()
+
+
+def spell(text: str, frames: int = 3) -> list[int]:
+    """Text -> a symbol per frame: letters a-z last 3 frames each, whatever else is a pause (our choice)."""
+    return [ALPHABET.find(c) if c in ALPHABET else SILENCE for c in text.lower() for _ in range(frames)]
+
+
+def film_controls(cfg: Config, chunks: int, transcript=None, character=None, first_frame=None) -> Controls:
+    """Controls of one film, see stream(). Raises ValueError for what the model does not know."""
+    frames = chunks * cfg.chunk_frames
+    symbols = torch.full((1, frames + 2 * cfg.margin), cfg.symbols)
+    if transcript is not None:
+        said = torch.tensor(spell(transcript) if isinstance(transcript, str) else list(transcript)).long()
+        if ((said < 0) | (said > cfg.symbols)).any():
+            raise ValueError(f"symbols of a transcript are between 0 and {cfg.symbols}")
+        symbols[:] = SILENCE
+        symbols[0, cfg.margin:cfg.margin + len(said)] = said[:frames + cfg.margin]
+    names = (*cfg.characters, None)
+    if character not in names and character not in range(len(names)):
+        raise ValueError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
+    who = torch.tensor([names.index(character) if character in names else character])
+    frame = torch.zeros(cfg.image, cfg.image, 3) if first_frame is None else torch.as_tensor(first_frame)
+    if frame.shape != (cfg.image, cfg.image, 3):
+        raise ValueError(f"the first frame must be {cfg.image} x {cfg.image} x 3, not {tuple(frame.shape)}")
+    first = VideoCodec(cfg).encode(frame.expand(1, cfg.step_frames, -1, -1, -1))
+    return Controls(symbols, who, first, torch.tensor([first_frame is not None]))
+
+
+@torch.inference_mode()
+def stream(model, *, seconds: float, transcript=None, character=None, first_frame=None, mode: str = "few",
+           steps: int = 4, guidance: float = 1.0, window: int | None = None, seed: int = 0):
+    """Stream one film; a generator of (uint8 frames (F, H, W, 3), float32 samples (N,)), a chunk at a time.
+    transcript: text, or one symbol per frame (cfg.symbols = unknown); None lets the character babble.
+    character: a name or its index. first_frame: uint8 (H, W, 3). mode: "few" large steps or "multi" small
+    ones. The sound of the first yield is one hop short, the last one brings that hop: together they last
+    exactly the frames' time. Memory does not grow with seconds. Raises ValueError for impossible settings.
+    """
+    cfg = model.cfg
+    if mode not in ("few", "multi"):
+        raise ValueError(f"mode must be few or multi, not {mode!r}")
+    frames = round(seconds * cfg.fps)
+    if frames < 1:
+        raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
+    chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
+    controls = film_controls(cfg, chunks, transcript, character, first_frame)
+    controls = Controls(*(x.to(model.no_first.device) for x in controls))
+    video_codec, audio_codec, tail = VideoCodec(cfg), AudioCodec(cfg), None
+    rest = frames * cfg.sample_rate // cfg.fps
+    for states in generate(model, controls, chunks, time_grid(steps, cfg.shift), few=mode == "few",
+                           guidance=guidance, window=window, generator=generator):
+        video, audio = split(cfg, states[-1])
+        early = cfg.hop if tail is None else 0                         # before the film's first sample
+        samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
+        picture = video_codec.decode(video)[0, :frames].cpu().numpy()
+        frames -= len(picture)
+        samples = torch.cat([samples[0, early:], tail[0][:0 if frames else None]])[:rest].cpu().numpy()
+        rest -= len(samples)
+        yield picture, samples
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objectives. Each returns (loss, logs). Flow matching is a velocity loss; ShortCut and DMD act on x_hat.
+
+def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, made=None) -> tuple[Tensor, dict]:
+    """Squared errors (B, S, E) -> the sum over branches of their mean over the steps made (S,); logs."""
+    parts = zip(BRANCHES, cut_branches(cfg, error if made is None else error[:, made]))
+    means = {f"{term}_{name}": part.mean() for name, part in parts if name in branches}
+    return sum(means.values()), {name: mean.item() for name, mean in means.items()}
+
+
+def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None,
+           guidance: Tensor | float, chunk: int | None = None) -> Tensor:
+    """Parallel x_hat, away from the uncontrolled one; guidance is a number, or one a latent step (B, S)."""
+    x_hat = model(x_t, t, d, controls, history, chunk)
+    if isinstance(guidance, float) and guidance == 1:
+        return x_hat
+    null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
+    return torch.lerp(null, x_hat, torch.as_tensor(guidance, device=x_t.device).expand(t.shape)[..., None])
+
+
+def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Controls, *, made=None,
+                       chunk: int | None = None, branches=BRANCHES) -> tuple[Tensor, dict]:
+    """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
+    On self-made films, at the latent steps made (S,), it trains the fake-score model. logs: the loss by
+    branch, and by noise level (between the times of a grid of 4, noise first).
+    """
+    cfg = model.cfg
+    t = draw_times(x, chunk or cfg.chunk, cfg.shift)
+    x_t = add_noise(x, torch.randn_like(x), t)
+    x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches)
+    error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
+    loss, logs = mean_error("flow", cfg, error, branches, made)
+    level = torch.bucketize(t, time_grid(4, cfg.shift).flatten()[1:4].to(t.device))
+    for i in level.unique().tolist():
+        some = mean_error("flow", cfg, error.detach()[level == i][None], branches)[1]
+        logs |= {f"{name}_level{i}": value for name, value in some.items()}
+    return loss, logs
+
+
+def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
+                  guidance: float = 1.0, parts=(4, 8)) -> tuple[Tensor, dict]:
+    """One large step must land where two half steps do (ShortCut, section 3.3). Warped time is cut in 4 or 8,
+    the spans that 4 and 8 evaluations use (our choice: longer ones wreck both modes). Half steps of the
+    shortest spans are the teacher's multi-step mode, guided; those of longer spans its few-step mode. The
+    error is that of x_hat, (1 - t)^2 times the velocity's, which explodes near data.
+    """
+    cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
+    cut = torch.tensor(parts)[torch.randint(len(parts), (b, s // cfg.chunk))]                  # (B, C)
+    begin = (torch.rand(cut.shape) * cut).floor() / cut
+    times = torch.stack([warp(begin + half / cut, cfg.shift) for half in (0, 0.5, 1)])         # (3, B, C)
+    times, longer = (v.to(x.device).repeat_interleave(cfg.chunk, -1) for v in (times, cut < max(parts)))
+    scale = 1.0 if guidance == 1 else torch.where(longer, 1.0, guidance)
+    x_t = add_noise(x, torch.randn_like(x), times[0])
+    with torch.no_grad():
+        end = denoise(lambda x, t, d: guided(teacher, x, t, d * longer, controls, history, scale),
+                      x_t, times, few=True)[-1]
+        t, d = times[0], times[2] - times[0]
+        target = x_t + (end - x_t) * ((1 - t) / d)[..., None]          # the x_hat whose step d lands on end
+    x_hat = model(x_t, t, d, controls, history)
+    return mean_error("shortcut", cfg, (x_hat - target).square())
+
+
+def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *, real, fake, times: Tensor,
+             made: Tensor, guidance: float = 1.0, chunk: int | None = None) -> tuple[Tensor, dict]:
+    """Move the few-step sampler's films toward the real score, away from their own score (DMD, section 3.3).
+    states: all states of the sampler on times (K + 1, 1, 1), made on the history without gradient; made (S,)
+    says which latent steps are its own. One step k is drawn and taken again with gradient, at the sampler's
+    own d_k, so that every step it takes is trained and no other (our choice). chunk: None, or the whole clip,
+    with which both scores are bidirectional and see no history (Self-Forcing's teacher).
+    """
+    cfg, (b, s) = model.cfg, states[0].shape[:2]
+    chunk, seen = (cfg.chunk, history) if chunk is None else (chunk, None)
+    k = int(torch.randint(len(times) - 1, ()))
+    t, d = (x.to(states[0]).expand(b, s) for x in (times[k], times[k + 1] - times[k]))
+    moved = displacement(model(states[k], t, d, controls, history), states[k], t, d)
+    x_hat = states[-1] + moved - moved.detach()
+    with torch.no_grad():
+        t = draw_times(x_hat, chunk, cfg.shift)
+        x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
+        x_real = guided(real, x_t, t, torch.zeros_like(t), controls, seen, guidance, chunk)
+        x_fake = fake(x_t, t, torch.zeros_like(t), controls, seen, chunk)
+        gradient = []
+        for away, gap in zip(cut_branches(cfg, x_fake - x_real), cut_branches(cfg, x_hat - x_real)):
+            size = gap.abs().mean(-1).unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)
+            gradient.append(away / size.clamp(min=1e-4)[..., None])    # per chunk and modality
+        target = x_hat - torch.cat(gradient, -1)                       # the loss has this gradient at x_hat
+    return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
+
+
+def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str, led: Tensor | None = None):
+    """The few-step mode's own films of clips x (B, S, E), made through the streaming cache without gradient:
+    all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one to
+    three real chunks, so that the film belongs to the clip; "real": teacher forcing. led: see generate() (our
+    choice: a history that wanders makes the real next chunk an unfair target).
+    """
+    c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
+    given = min(int(torch.randint(1, 4, ())), chunks - 1) if history == "few" else 0
+    made = generate(model, controls, chunks, times, real=x, given=given, led=led, forced=history == "real")
+    own = torch.arange(x.shape[1], device=x.device) >= given * c
+    return [torch.cat(state, 1) for state in zip(*made)], own
+
+
+def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, fake, history: str = "few",
+                        shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4, guidance: float = 1.0,
+                        score_chunk: int | None = None) -> tuple[dict[str, Tensor], dict]:
+    """One step of Mutual Forcing (section 3.3): dual-mode self-evolution on real clips x (B, S, E). teacher:
+    the model's slow copy, whose multi-step mode teaches (our choice: EMA weights). real: DMD's real score,
+    the teacher itself or Self-Forcing's, whose chunk is then score_chunk. fake: the online fake-score model.
+    history: "few" is self-made, "real" teacher forcing. The rows are divided among the objectives: a step
+    costs one pass of the student. Returns the weighted losses by term; fake has its own optimizer.
+    """
+    cfg, b = model.cfg, len(x)
+    times = time_grid(steps, cfg.shift).to(x.device)
+    weights = {"flow": 1.0} | ({"shortcut": shortcut} if shortcut else {}) | ({"dmd": dmd} if dmd else {})
+    rows = {name: torch.arange(b)[i::len(weights)] if b >= len(weights) else torch.arange(b)
+            for i, name in enumerate(weights)}
+    said = {name: Controls(*(c[r] for c in controls)) for name, r in rows.items()}
+
+    # 1. The few-step mode rolls out the history, without gradient. Only for DMD is it entirely its own.
+    past = {name: x[r] for name, r in rows.items()}
+    if history == "few":
+        led = torch.ones(b, dtype=torch.bool, device=x.device)
+        led[rows.get("dmd", [])] = False
+        states, made = rollout(model, x, controls, times, "few", led)
+        past = {name: states[-1][r] for name, r in rows.items()}
+
+    # 2. The multi-step mode learns the real chunk, given that history.
+    losses = {}
+    losses["flow"], logs = flow_matching_loss(model, x[rows["flow"]], past["flow"], said["flow"])
+
+    # 3. The multi-step mode teaches the few-step mode its interval displacement.
+    if shortcut:
+        loss, more = shortcut_loss(model, x[rows["shortcut"]], past["shortcut"], said["shortcut"],
+                                   teacher=teacher, guidance=guidance)
+        losses["shortcut"], logs = shortcut * loss, logs | more
+
+    # 4. The few-step mode's own films move toward the real score; the fake score follows them.
+    if dmd:
+        if history == "few":
+            own = [state[rows["dmd"]] for state in states]
+        else:
+            own, made = rollout(model, past["dmd"], said["dmd"], times, "real")
+        loss, more = dmd_loss(model, own, past["dmd"], said["dmd"], real=real, fake=fake, times=times,
+                              made=made, guidance=guidance, chunk=score_chunk)
+        losses["dmd"], logs = dmd * loss, logs | more
+        losses["fake"], more = flow_matching_loss(fake, own[-1], past["dmd"] if score_chunk is None else None,
+                                                  said["dmd"], made=made, chunk=score_chunk)
+        logs |= {f"fake_{name}": more[f"flow_{name}"] for name in BRANCHES}
+    return losses, logs                                                # flow + 2/3 ShortCut + 1/3 DMD
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints: one dict of tensors, numbers and strings; written beside its place, then renamed; read safely.
+
+FORMAT = "mutual-forcing-1"
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message says why, in one line."""
+
+
+def save_file(path, content: dict) -> None:
+    """Write a dict of tensors and plain types: path holds the old content or the new, never a half."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        torch.save(content, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load_file(path) -> dict:
+    """Read what save_file wrote. Raises CheckpointError for anything else; never runs code from the file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
+    except Exception:  # RuntimeError, EOFError, UnpicklingError, ...
+        raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a checkpoint of this version ({FORMAT})")
+    return content
+
+
+def save_checkpoint(path, model, extra: dict | None = None) -> None:
+    """Store a model's config and its weights in half precision, with extra plain figures."""
+    weights = {name: tensor.half().clone() for name, tensor in model.state_dict().items()}
+    save_file(path, {"format": FORMAT, "config": asdict(model.cfg), "weights": weights, "extra": extra or {}})
+
+
+def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
+    """(model in fp32, ready for sampling; extra). Raises CheckpointError, with one line that says why."""
+    content = load_file(path)
+    try:
+        model = AudioVideoTransformer(Config(**content["config"]))
+        model.load_state_dict(content["weights"])
+        extra = dict(content["extra"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        raise CheckpointError(f"{path}: its configuration or weights do not fit this version") from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise CheckpointError(f"{path}: has weights that are not finite numbers")
+    return model.eval().requires_grad_(False), extra

@@ -1,0 +1,594 @@
+"""Make a film with a checkpoint, or score checkpoints with the ruler. `python sample.py` writes sample.mp4;
+`python sample.py --evaluate assets/talker.pt` prints a table. The method is in mutual_forcing.py.
+"""
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio
+import imageio.v3 as iio
+import imageio_ffmpeg
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+import train
+from mutual_forcing import (ALPHABET, SILENCE, AudioCodec, CheckpointError, Config, VideoCodec, generate,
+                            load_checkpoint, spell, split, stream, time_grid)
+
+SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
+
+# ------------------------------------------------------------------------------------------------------------
+# The ruler: what can be measured of a talker's film. It knows the world, not the model.
+
+WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds; the first second is the reference of the drifts
+HELD_OUT = 2 ** 40                                         # first word of the seeds that training never draws
+
+
+class Heard(NamedTuple):
+    """What the recogniser makes of a sound, per frame or interval: each array (...,)."""
+    letter: np.ndarray     # index into ALPHABET
+    pitch: np.ndarray      # in multiples of sample_rate / hop; 0 where the best letter has no voice
+    margin: np.ndarray     # how much better the best letter fits than the next, in cosine
+
+
+class Ruler:
+    """Reads letters from sound and mouths from pixels, by fixed templates and boxes."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        rng, rows = np.random.default_rng(0), []
+        someone = train.draw_identity(rng)._replace(tilt=0.5)
+        for width in (0.1, 0.3, 0.5, 0.7, 0.9):            # one face for each pitch
+            who = someone._replace(face_width=width)
+            for letter in range(SILENCE):
+                weights = train.letter_weights(np.full(16, letter))
+                energy = self.energies(train.voice(rng, who, weights, cfg))[4:-4].mean(0)
+                voiced = train.LETTER_TABLE[ALPHABET[letter]][4] > 0
+                rows.append((letter, train.pitch_of(who) * voiced, energy))
+        self.letters, self.pitches = (np.array([row[i] for row in rows]) for i in (0, 1))
+        self.templates = self.shape(np.stack([row[2] for row in rows]))
+        self.quiet = 0.3 * min(row[2].sum() for row in rows)           # less energy than this is silence
+
+    def energies(self, samples: np.ndarray) -> np.ndarray:
+        """Samples (..., n hop) -> energy in bands of 128 Hz around each border of hops (..., n - 1,
+        bands)."""
+        hop = self.cfg.hop
+        hops = samples.reshape(*samples.shape[:-1], -1, hop)
+        frames = np.concatenate([hops[..., :-1, :], hops[..., 1:, :]], -1) * np.hanning(2 * hop)
+        power = np.abs(np.fft.rfft(frames)[..., :-2] / hop) ** 2
+        return power[..., :power.shape[-1] // 8 * 8].reshape(*power.shape[:-1], -1, 8).sum(-1)
+
+    def shape(self, energy: np.ndarray) -> np.ndarray:
+        """Energies (..., bands) -> unit vectors (..., bands) of loudness by band."""
+        loud = energy ** 0.25
+        return loud / (np.linalg.norm(loud, axis=-1, keepdims=True) + 1e-9)
+
+    def hear(self, energy: np.ndarray) -> Heard:
+        """Energies (..., bands) -> the letter whose template fits best, at any pitch, or silence."""
+        fit, loud = self.shape(energy) @ self.templates.T, energy.sum(-1) > self.quiet      # (..., templates)
+        by_letter = fit.reshape(*fit.shape[:-1], -1, SILENCE).max(-2)
+        top = np.sort(by_letter, -1)
+        letter = np.where(loud, by_letter.argmax(-1), SILENCE)
+        return Heard(letter, np.where(loud, self.pitches[fit.argmax(-1)], 0), top[..., -1] - top[..., -2])
+
+    def per_frame(self, samples: np.ndarray) -> np.ndarray:
+        """Samples (n, N) -> energies around the middle of each frame (n, F, bands)."""
+        return self.energies(samples)[:, ::2]              # two hops a frame, border 2 f lies amid frame f
+
+    def mouths(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (n, F, h, w, 3) -> how high the dark of the mouth is, in 1/64 of the picture (n, F)."""
+        unit = frames.shape[2] / 64
+        red = frames[:, :, int(34 * unit):int(48 * unit), int(26 * unit):int(38 * unit), 0]
+        dark = np.clip((0.5 - red / np.float32(255)) / 0.25, 0, 1)
+        return np.sort(dark, -1)[..., -3:].mean(-1).sum(-1) / unit
+
+    def colours(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (n, F, h, w, 3) -> mean colours of background, clothes, cheeks and hair, and the face's
+        width, a second (n, F / fps, 13), all in 0..1."""
+        n, unit = len(frames), frames.shape[2] / 64
+        seconds = frames[:, :frames.shape[1] // self.cfg.fps * self.cfg.fps]
+        seconds = seconds.reshape(n, -1, self.cfg.fps, *frames.shape[2:])
+
+        def box(top, bottom, left, right):
+            rows, columns = (slice(int(a * unit), int(b * unit)) for a, b in ((top, bottom), (left, right)))
+            return seconds[:, :, :, rows, columns].astype(np.float32) / 255
+
+        means = [np.concatenate([box(*b) for b in boxes], -2).mean((2, 3, 4)) for boxes in (
+            [(2, 40, 0, 6), (2, 40, 58, 64)], [(60, 64, 22, 42)], [(33, 36, 24, 28), (33, 36, 36, 40)],
+            [(9, 13, 27, 37)])]
+        skin = np.abs(box(33, 36, 0, 64) - means[2][:, :, None, None, None]).max(-1) < 0.12
+        return np.concatenate([*means, skin.mean((2, 3, 4))[..., None]], -1)
+
+    def video_features(self, frames: np.ndarray) -> np.ndarray:
+        """Frames (n, F, h, w, 3) -> (n, segments of half a second, 27): colour, contrast by place, edges,
+        motion."""
+        n, half = len(frames), self.cfg.fps // 2
+        x = frames[:, :frames.shape[1] // half * half].reshape(-1, half, *frames.shape[2:])
+        x = x.astype(np.float32) / 255
+        grey, p = x.mean(-1), self.cfg.patch
+        cells = grey.reshape(*grey.shape[:2], grey.shape[2] // p, p, -1, p)
+        down, across, change = (np.abs(np.diff(grey, axis=axis)) for axis in (2, 3, 1))
+        parts = [x.mean((1, 2, 3)), cells.std((3, 5)).mean(1).reshape(len(x), -1),
+                 down.mean((1, 2, 3))[:, None],
+                 across.mean((1, 2, 3))[:, None], down[:, :, p - 1::p].mean((1, 2, 3))[:, None],
+                 across[:, :, :, p - 1::p].mean((1, 2, 3))[:, None],
+                 change.reshape(len(x), half - 1, 4, -1).mean((1, 3))]
+        return np.concatenate(parts, -1).reshape(n, -1, 27)
+
+    def audio_features(self, samples: np.ndarray) -> np.ndarray:
+        """Samples (n, N) -> (n, segments of half a second, 30): loudness of 15 bands, its mean and its spread
+        in dB."""
+        energy = self.per_frame(samples)
+        n, half = len(energy), self.cfg.fps // 2
+        bands = energy[..., :30].reshape(*energy.shape[:2], 15, 2).sum(-1)
+        level = 10 * np.log10(bands + 1e-7)[:, :energy.shape[1] // half * half].reshape(n, -1, half, 15)
+        return np.concatenate([level.mean(2), level.std(2)], -1)
+
+
+def frechet(a: np.ndarray, b: np.ndarray, spread: np.ndarray) -> float:
+    """Frechet distance of two sets of features (n, k), each feature in units of its spread, per feature."""
+    a, b = (x.reshape(-1, x.shape[-1]) / spread for x in (a, b))
+    ca, cb = (np.cov(x.T) for x in (a, b))
+    root = np.sqrt(np.maximum(np.linalg.eigvals(ca @ cb).real, 0)).sum()
+    apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float((apart + np.trace(ca) + np.trace(cb) - 2 * root) / a.shape[-1])
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over films of the correlation of two curves (n, F); a film where either stands still counts as
+    0."""
+    a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
+    size = np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1))
+    return float(np.where(size > 1e-9, (a * b).sum(1) / np.maximum(size, 1e-9), 0).mean())
+
+
+def lag_ms(seen: np.ndarray, heard: np.ndarray, fps: int, reach: int = 5) -> float:
+    """By how much the sound comes after the picture, in ms, where curves (n, F) agree most (peak by a
+    parabola)."""
+    f = seen.shape[1]
+    score = [correlation(seen[:, max(0, -lag):f - max(0, lag)], heard[:, max(0, lag):f - max(0, -lag)])
+             for lag in range(-reach, reach + 1)]
+    i = min(max(int(np.argmax(score)), 1), 2 * reach - 1)
+    bend = score[i - 1] - 2 * score[i] + score[i + 1]
+    return 1000 / fps * (i - reach + (0.5 * (score[i - 1] - score[i + 1]) / bend if bend < 0 else 0))
+
+
+class Films(NamedTuple):
+    """Films of equal length to be scored: frames uint8 (n, F, h, w, 3), samples (n, N), symbols (n, F) or
+    None."""
+    frames: np.ndarray
+    samples: np.ndarray
+    symbols: np.ndarray | None
+
+
+def openings(letters: np.ndarray) -> np.ndarray:
+    """Letters (n, F) -> how far the mouth that says them opens (n, F)."""
+    return np.stack([train.mouth_of(film)[:, 0] for film in letters])
+
+
+def letters_read(ruler: Ruler, samples: np.ndarray, symbols: np.ndarray, begin: int, end: int) -> float:
+    """Share of the letters that lie in frames begin to end and are misread in their own interval."""
+    wrong = count = 0
+    energy = ruler.energies(samples)
+    for film, said in zip(energy, symbols):
+        borders = np.flatnonzero(np.diff(said)) + 1
+        for a, b in zip(borders[:-1], borders[1:]):
+            if said[a] != SILENCE and begin <= a and b <= end:
+                count += 1
+                wrong += ruler.hear(film[2 * a:2 * b - 1].mean(0)).letter != said[a]
+    return wrong / max(1, count)
+
+
+def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
+    """All figures of the ruler, a number a window (None where the films are too short or it does not
+    apply)."""
+    cfg, fps = ruler.cfg, ruler.cfg.fps
+    mouths, heard = ruler.mouths(films.frames), ruler.hear(ruler.per_frame(films.samples))
+    implied, colours = openings(heard.letter), ruler.colours(films.frames)
+    spoken = None if films.symbols is None else openings(films.symbols)
+    voices = np.array([np.bincount(p[p > 0][:fps], minlength=9).argmax() for p in heard.pitch])
+    features = [(read(getattr(films, part)), read(getattr(reference, part))) for read, part in
+                ((ruler.video_features, "frames"), (ruler.audio_features, "samples"))]
+    figures = {}
+
+    def put(name, value):
+        figures.setdefault(name, []).append(None if value is None else round(float(value), 4))
+
+    for begin, end in WINDOWS:
+        window = slice(max(begin, 1) * fps, end * fps)     # the first second is not scored
+        if mouths.shape[1] < end * fps:
+            continue
+        seen, sounds, loud = mouths[:, window], implied[:, window], heard.letter[:, window] != SILENCE
+        put("transcript_error", None if spoken is None else
+            letters_read(ruler, films.samples, films.symbols, window.start, window.stop))
+        put("lip", None if spoken is None else correlation(seen, spoken[:, window]))
+        put("sync", correlation(seen, sounds))
+        put("sync_lag_ms", lag_ms(seen, sounds, fps))
+        put("identity_drift", np.abs(colours[:, max(begin, 1):end] - colours[:, :1]).mean())
+        pitch = heard.pitch[:, window]
+        put("voice_drift", (pitch != voices[:, None])[pitch > 0].mean() if (pitch > 0).any() else None)
+        put("motion", np.abs(np.diff(films.frames[:, window].astype(np.int16), axis=1)).mean() / 255)
+        power = (films.samples[:, window.start * 2 * cfg.hop:window.stop * 2 * cfg.hop] ** 2).mean(1)
+        put("loudness_db", (10 * np.log10(power + 1e-10)).mean())
+        put("letter_margin", heard.margin[:, window][loud].mean() if loud.any() else None)
+        share = np.bincount(heard.letter[:, window][loud], minlength=27) / max(1, loud.sum())
+        put("letter_spread", np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
+        for name, (own, other) in zip(("frechet_video", "frechet_audio"), features):
+            segments = slice(2 * max(begin, 1), 2 * end)
+            put(name, frechet(own[:, segments], other[:, segments], other.std((0, 1)) + 1e-6))
+    return figures
+
+
+def held_out(cfg: Config, count: int, seconds: float, kind: int = 0) -> list[train.Film]:
+    """Talkers from seeds that training never sees; kind 0 to be scored, kind 1 the reference of the
+    distances."""
+    frames = int(np.ceil(seconds / cfg.chunk_seconds)) * cfg.chunk_frames
+    return [train.talk(cfg, np.random.default_rng([HELD_OUT, kind, i]), frames) for i in range(count)]
+
+
+def to_films(films: list[train.Film], cfg: Config) -> Films:
+    """Films of the world, as the ruler takes them."""
+    return Films(np.stack([film.frames for film in films]), np.stack([film.samples for film in films]),
+                 np.stack([film.symbols[cfg.margin:-cfg.margin] for film in films]))
+
+
+@torch.inference_mode()
+def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: float, babble: bool,
+           seed: int = 0, batch: int = 16) -> Films:
+    """Let a model make the films anew from their controls; every second one is given the first frame too."""
+    cfg, made = model.cfg, []
+    _, controls = train.encode_films(cfg, films)
+    controls = controls._replace(has_first=torch.arange(len(films)) % 2 == 0)
+    if babble:
+        controls = controls._replace(symbols=torch.full_like(controls.symbols, cfg.symbols))
+    chunks = len(films[0].frames) // cfg.chunk_frames
+    label = f"{'few' if few else 'multi'} {steps}, {'babbling' if babble else 'spoken'}"
+    bar = tqdm(total=-(-len(films) // batch) * chunks, desc=label, disable=None, leave=False)
+    for start in range(0, len(films), batch):
+        some = type(controls)(*(c[start:start + batch].to(model.no_first.device) for c in controls))
+        generator = torch.Generator().manual_seed(seed + start)
+        frames, tokens = [], []
+        for states in generate(model, some, chunks, time_grid(steps, cfg.shift), few=few, guidance=guidance,
+                               generator=generator):
+            video, audio = split(cfg, states[-1])
+            frames.append(VideoCodec(cfg).decode(video).cpu())
+            tokens.append(audio.reshape(len(audio), -1, cfg.hop).cpu())
+            bar.update()
+        made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
+    frames, samples = (np.concatenate(x) for x in zip(*made))
+    return Films(frames, samples, None if babble else to_films(films, cfg).symbols)
+
+
+def evaluate(args) -> dict:
+    """Score checkpoints, few-step and multi-step, spoken and babbling, beside ground truth and shuffled
+    sound."""
+    models = [(str(path), *load_checkpoint(path)) for path in args.evaluate]
+    cfg = models[0][1].cfg
+    ruler = Ruler(cfg)
+    talkers, others = (held_out(cfg, args.talkers, args.seconds, kind) for kind in (0, 1))
+    truth, reference = to_films(talkers, cfg), to_films(others, cfg)
+    settings = [(mode, steps) for mode, steps in (("few", args.few_steps), ("multi", args.multi_steps))
+                if args.mode in (None, mode)]
+    rows = []
+
+    def add(films, control, checkpoint, mode=None, steps=None, guidance=None):
+        films = films._replace(symbols=films.symbols if control == "spoken" else None)
+        rows.append({"checkpoint": checkpoint, "mode": mode, "steps": steps, "guidance": guidance,
+                     "control": control, **score(ruler, films, reference)})
+        print(markdown_rows(rows[-1:]), file=sys.stderr, flush=True)
+
+    for control in ("spoken", "babbling"):
+        add(truth, control, "ground truth")
+        add(truth._replace(samples=np.roll(truth.samples, 1, 0)), control, "shuffled sound")
+        for name, model, _ in models:
+            model.to(args.device)
+            for mode, steps in settings:
+                films = remake(model, talkers, few=mode == "few", steps=steps, guidance=args.guidance,
+                               babble=control == "babbling", seed=args.seed)
+                add(films, control, name, mode, steps, args.guidance)
+    return {"windows": WINDOWS, "rows": rows}
+
+
+FIGURES = {"transcript_error": "transcript error", "lip": "lip", "sync": "sync", "sync_lag_ms": "lag ms",
+           "identity_drift": "identity drift", "voice_drift": "voice drift", "motion": "motion",
+           "loudness_db": "loudness dB", "letter_margin": "letter margin", "letter_spread": "letter spread",
+           "frechet_video": "Frechet video", "frechet_audio": "Frechet audio"}
+
+
+def markdown_rows(rows: list[dict]) -> str:
+    """Rows of figures as lines of a Markdown table; a cell holds one number a window."""
+    def cell(values):
+        return " / ".join("-" if v is None else f"{v:.3g}" for v in values)
+
+    return "\n".join("| " + " | ".join([
+        f"{Path(row['checkpoint']).stem} {row['mode'] or ''} {row['steps'] or ''}".strip(), row["control"],
+        *(cell(row.get(name, [])) for name in FIGURES)]) + " |" for row in rows)
+
+
+def markdown(result: dict) -> str:
+    """The whole table."""
+    head = ["film", "control", *FIGURES.values()]
+    head = "| " + " | ".join(head) + " |\n|" + "---|" * len(head)
+    return f"{head}\n{markdown_rows(result['rows'])}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Writing films: into a folder beside the result, chunk by chunk, and renamed when whole.
+
+ENDINGS = (".mp4", ".gif", ".wav", ".png")
+ENLARGE = 4  # by nearest neighbour: small pixels do not survive H.264
+
+
+class FilmWriter:
+    """Takes chunks of frames and samples; finish() puts the film in its place, however it ended."""
+
+    def __init__(self, out: Path, cfg: Config):
+        self.out, self.cfg, self.kind = out, cfg, out.suffix.lower()
+        self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
+        self.path = Path(self.folder.name)
+        self.frames = self.samples = 0
+        self.stills = []                                   # one frame a chunk and loudness, for the filmstrip
+        self.sound = self.video = None
+        if self.kind in (".mp4", ".wav"):
+            self.sound = soundfile.SoundFile(self.path / "sound.wav", "w", cfg.sample_rate, 1, "PCM_16")
+        if self.kind == ".mp4":
+            size = cfg.image * ENLARGE
+            self.video = imageio_ffmpeg.write_frames(
+                str(self.path / "video.mp4"), (size, size), fps=cfg.fps, codec="libx264", macro_block_size=2,
+                quality=None, output_params=["-crf", "16"], ffmpeg_log_level="error")
+            self.video.send(None)
+        if self.kind == ".gif":
+            self.video = imageio.get_writer(self.path / "film.gif", mode="I", duration=1000 / cfg.fps, loop=0)
+
+    def add(self, frames: np.ndarray, samples: np.ndarray) -> None:
+        """Frames (F, h, w, 3) uint8 and samples (N,) float32."""
+        self.frames, self.samples = self.frames + len(frames), self.samples + len(samples)
+        if self.sound:
+            self.sound.write(np.clip(samples, -1, 1))
+        if self.kind == ".png":
+            self.stills.append((frames[0], samples))
+        elif self.video:
+            for frame in frames.repeat(ENLARGE, 1).repeat(ENLARGE, 2):
+                (self.video.send if self.kind == ".mp4" else self.video.append_data)(frame)
+
+    def finish(self, transcript: str = "") -> None:
+        """Close everything and put the result where it belongs, at once. Raises OSError if it cannot be
+        written."""
+        if self.sound:
+            self.sound.close()
+        if self.video:
+            self.video.close()
+        result = self.path / ("sound.wav" if self.kind == ".wav" else f"film{self.kind}")
+        if self.kind == ".mp4":
+            mux = subprocess.run([
+                imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", self.path / "video.mp4",
+                "-i", self.path / "sound.wav", "-c:v", "copy", "-c:a", "aac", "-ar", "48000",
+                "-movflags", "+faststart", result], capture_output=True, text=True)
+            if mux.returncode or not result.exists():
+                raise OSError(f"ffmpeg could not write the film: {mux.stderr.strip()[-200:]}")
+        if self.kind == ".png":
+            iio.imwrite(result, filmstrip(self.stills, self.cfg, transcript))
+        os.replace(result, self.out)
+
+    def close(self) -> None:
+        """Stop writing and leave nothing behind."""
+        for part in (self.sound, self.video):
+            try:
+                if part:
+                    part.close()
+            except OSError:
+                pass
+        self.folder.cleanup()
+
+
+def filmstrip(stills: list, cfg: Config, transcript: str = "", columns: int = 12) -> np.ndarray:
+    """One frame a chunk, the waveform below it and the letters said below that: uint8 (h, w, 3), rows of 12
+    chunks."""
+    rows = []
+    for start in range(0, len(stills), columns):
+        row = np.full((cfg.image + 40, columns * cfg.image, 3), 255, np.uint8)
+        for i, (frame, samples) in enumerate(stills[start:start + columns]):
+            left = i * cfg.image
+            row[:cfg.image, left:left + cfg.image] = frame
+            for x, part in enumerate(np.array_split(samples, cfg.image)):
+                high = int(np.clip(np.abs(part).max(initial=0) * 40, 0, 11))
+                row[cfg.image + 12 - high:cfg.image + 13 + high, left + x] = (40, 90, 160)
+            said = transcript[(start + i) * cfg.chunk_frames:(start + i + 1) * cfg.chunk_frames]
+            for j, letter in enumerate(said):
+                glyph = np.kron(glyph_of(letter), np.ones((2, 2), np.uint8))[..., None]
+                x = left + 2 + j * cfg.image // cfg.chunk_frames
+                row[cfg.image + 27:cfg.image + 37, x:x + 6] *= 1 - glyph
+        rows.append(row)
+    return np.concatenate(rows).repeat(2, 0).repeat(2, 1)
+
+
+GLYPHS = dict(zip(ALPHABET, (                              # five rows of three pixels each, as octal digits
+    "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25561 "
+    "65655 34216 72222 55557 55552 55775 55255 55222 71247").split()))
+
+
+def glyph_of(letter: str) -> np.ndarray:
+    """A letter as pixels, uint8 (5, 3) of 0 and 1; anything else is blank."""
+    rows = [int(digit) for digit in GLYPHS.get(letter, "00000")]
+    return np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in rows], np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line.
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line."""
+
+
+def read_first_frame(path: Path, cfg: Config) -> np.ndarray:
+    """A picture file -> uint8 (image, image, 3), cropped to a square and resized, which is said."""
+    try:
+        picture = iio.imread(path)
+    except Exception as error:  # whatever the image readers raise on a damaged file
+        raise UserError(f"{path}: not a readable picture ({type(error).__name__})") from None
+    picture = np.asarray(picture)
+    if picture.ndim == 2:
+        picture = np.repeat(picture[..., None], 3, -1)
+    if picture.ndim != 3 or picture.dtype != np.uint8 or picture.shape[2] not in (3, 4):
+        raise UserError(f"{path}: not an 8-bit picture")
+    picture, (h, w) = picture[..., :3], picture.shape[:2]
+    if (h, w) == (cfg.image, cfg.image):
+        return picture
+    side = min(h, w)
+    square = picture[(h - side) // 2:(h + side) // 2, (w - side) // 2:(w + side) // 2]
+    print(f"{path}: {w} x {h} cropped and resized to {cfg.image} x {cfg.image}", file=sys.stderr)
+    x = torch.from_numpy(square.copy()).permute(2, 0, 1)[None].float()
+    x = torch.nn.functional.interpolate(x, (cfg.image, cfg.image), mode="bilinear", antialias=True)
+    return x[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError unless a film can be written there."""
+    if out.suffix.lower() not in ENDINGS:
+        raise UserError(f"{out}: the ending must be one of {', '.join(ENDINGS)}")
+    if not out.parent.is_dir():
+        raise UserError(f"{out.parent}: no such folder")
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"{out}: cannot be written")
+
+
+def film_settings(args, cfg: Config) -> dict:
+    """The command line as arguments of stream(). Raises UserError."""
+    symbols = None
+    if args.say is not None:
+        if not any(c in ALPHABET[:SILENCE] for c in args.say.lower()):
+            raise UserError("--say: nothing in it can be spoken; letters a to z can")
+        odd = sorted({c for c in args.say.lower() if c not in ALPHABET})
+        if odd:
+            print(f"--say: {''.join(odd)!r} become pauses", file=sys.stderr)
+        symbols = [SILENCE] * 2 + spell(args.say)
+    seconds = args.seconds
+    if seconds is None:
+        seconds = 8.0 if symbols is None else (len(symbols) + cfg.fps // 2) / cfg.fps
+    if not 1 / cfg.fps <= seconds <= 24 * 3600:
+        raise UserError(f"--seconds must be between 1/{cfg.fps} and 86400")
+    if args.character is not None and args.character not in cfg.characters:
+        raise UserError(f"--character: no {args.character!r}; there are {', '.join(cfg.characters)}")
+    if args.window is not None and not 1 <= args.window <= cfg.window:
+        raise UserError(f"--window must be between 1 and {cfg.window}, the longest that training saw")
+    if not 1 <= args.steps <= 1000:
+        raise UserError("--steps must be between 1 and 1000")
+    if args.mode == "few" and args.steps not in (4, 8):
+        print(f"--steps {args.steps}: few-step mode was trained for 4 and 8", file=sys.stderr)
+    first = None if args.first_frame is None else read_first_frame(args.first_frame, cfg)
+    return {"seconds": seconds, "transcript": symbols, "character": args.character, "first_frame": first,
+            "mode": args.mode, "steps": args.steps, "guidance": args.guidance, "window": args.window,
+            "seed": args.seed}
+
+
+def make_film(args) -> tuple[dict, int]:
+    """Stream one film into args.out; returns the figures and the exit code (130 if it was interrupted)."""
+    began = time.perf_counter()
+    check_out(args.out)
+    model, _ = load_checkpoint(args.checkpoint)
+    cfg = model.cfg
+    settings = film_settings(args, cfg)
+    model.to(args.device)
+    loaded = time.perf_counter()
+    said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
+    writer, out, code, first = FilmWriter(args.out, cfg), args.out, 0, None
+    try:
+        chunks = stream(model, **settings)
+        bar = tqdm(total=round(settings["seconds"] * cfg.fps), unit="frame", disable=None)
+        try:
+            for frames, samples in chunks:
+                first = first or time.perf_counter() - loaded
+                writer.add(frames, samples)
+                bar.update(len(frames))
+        except KeyboardInterrupt:
+            code = 130
+        bar.close()
+        if code and not writer.frames:
+            raise UserError("interrupted before the first chunk; nothing was written")
+        if code and out.exists():
+            writer.out = out = out.with_stem(out.stem + "-interrupted")
+        writer.finish(said)
+    finally:
+        writer.close()
+    spent = time.perf_counter() - loaded
+    seconds = writer.frames / cfg.fps
+    return {"out": str(out), "seconds": seconds, "frames": writer.frames, "mode": args.mode,
+            "steps": args.steps, "fps": round(writer.frames / spent, 1),
+            "real_time_factor": round(seconds / spent, 2), "first_chunk_ms": round(1000 * first, 1),
+            "load_s": round(loaded - began, 2),
+            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}, code
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Make a film of a talking character, or score checkpoints.")
+    add = parser.add_argument
+    add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
+    add("--say", help="text to speak: letters a to z, anything else is a pause; without it, babbling")
+    add("--character", help="a named character; default: chance")
+    add("--first-frame", type=Path, help="a picture to start from")
+    add("--seconds", type=float, help="length; default: as long as the text takes, else 8 (25 to score)")
+    add("--mode", choices=("few", "multi"), help="default: few (both to score)")
+    add("--steps", type=int, help="network evaluations a chunk; default 4, in multi-step mode 50")
+    add("--guidance", type=float, default=1.0, help="other than 1 doubles the evaluations")
+    add("--window", type=int, help="chunks of history, at most what training saw")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("sample.mp4"), help="film.mp4, .gif, .wav or .png (a filmstrip)")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
+    add("--talkers", type=int, default=32, help="films to score")
+    return parser
+
+
+def run(args) -> int:
+    """Do what the command line asks for; returns the exit code. Raises UserError, CheckpointError or
+    OSError."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no CUDA device here")
+    if args.evaluate:
+        args.seconds = args.seconds or 25.0
+        if args.talkers < 2 or args.seconds < WINDOWS[0][1]:
+            raise UserError(f"--evaluate needs at least 2 talkers and {WINDOWS[0][1]} seconds")
+        args.few_steps = args.steps or 4
+        args.multi_steps = args.steps if args.steps and args.mode == "multi" else 50
+        result = evaluate(args)
+        print(json.dumps(result) if args.json else markdown(result))
+        return 0
+    args.mode = args.mode or "few"
+    args.steps = args.steps if args.steps is not None else 4 if args.mode == "few" else 50
+    figures, code = make_film(args)
+    if args.json:
+        print(json.dumps(figures))
+    else:
+        print("{out}: {seconds:.2f} s made, {fps} frames/s, {real_time_factor} times real time, first chunk "
+              "after {first_chunk_ms} ms.\nThese include the network, decoding and writing the file, not the "
+              "{load_s} s of loading; peak memory {peak_memory_mb} MB.".format(**figures))
+    return code
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        return run(args)
+    except (UserError, CheckpointError, ValueError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"cannot write: {error.strerror or error}"
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"sample.py: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,826 @@
+"""What the code claims, as values and invariances, on a tiny model and tiny synthetic data."""
+import argparse
+import ast
+import copy
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import mutual_forcing as mf
+import sample
+import train
+from mutual_forcing import AudioCodec, AudioVideoTransformer, Config, Controls, VideoCodec
+
+HERE = Path(__file__).parent
+TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, window=2)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def lively(cfg=TINY) -> AudioVideoTransformer:
+    """A model none of whose parameters is zero, so that nothing is hidden behind a zero-initialised gate."""
+    model = AudioVideoTransformer(cfg)
+    for weight in model.parameters():
+        weight.data += 0.15 * torch.randn_like(weight)
+    return model
+
+
+def some_clip(cfg=TINY, b=2, chunks=6):
+    """Random latents, a random history and random controls; every second film has its first frame."""
+    s = chunks * cfg.chunk
+    symbols = torch.randint(cfg.symbols + 1, (b, s * cfg.step_frames + 2 * cfg.margin))
+    first = torch.randn(b, 1, cfg.video_tokens, cfg.video_dim)
+    who = torch.randint(len(cfg.characters) + 1, (b,))
+    x, history = torch.randn(2, b, s, cfg.step_values)
+    return x, history, Controls(symbols, who, first, torch.arange(b) % 2 == 0)
+
+
+def times_of(x, cfg=TINY):
+    """A time and a step size for each chunk, as ones of each latent step (B, S)."""
+    t = torch.rand(x.shape[0], x.shape[1] // cfg.chunk, dtype=x.dtype).repeat_interleave(cfg.chunk, 1)
+    return t, (1 - t) * torch.rand_like(t[:, :1])
+
+
+# Codecs
+
+def test_video_codec_inverts():
+    frames = torch.arange(2 * 4 * 16 * 16 * 3).reshape(2, 4, 16, 16, 3).remainder(256).to(torch.uint8)
+    codec = VideoCodec(TINY)
+    assert torch.equal(codec.decode(codec.encode(frames)), frames)
+    corner = codec.encode(frames)[0, 0, 1].reshape(2, 8, 8, 3)         # token 1: the upper right patch
+    assert torch.equal(((corner + 1) * 127.5).round().byte(), frames[0, :2, :8, 8:])
+
+
+def test_audio_codec_inverts_and_streams():
+    cfg, samples = Config(), torch.rand(2, 20 * 250) * 2 - 1
+    codec = AudioCodec(cfg)
+    tokens = codec.encode(samples)
+    assert (codec.decode(tokens) - samples)[:, :-cfg.hop].abs().max() < 1e-5
+    basis = codec.basis.double()
+    assert (basis.T @ basis - torch.eye(cfg.hop)).abs().max() < 1e-6   # orthogonal: exact before companding
+    pieces, tail = [], None
+    for piece in tokens.split(4, 1):
+        out, tail = codec.decode_next(piece, tail)
+        pieces.append(out)
+    assert torch.allclose(torch.cat([*pieces, tail], 1)[:, cfg.hop:], codec.decode(tokens), atol=1e-6)
+    crop = codec.encode(samples[:, 500:], before=samples[:, 250:500])
+    assert torch.allclose(crop, tokens[:, 2:], atol=1e-6)
+
+
+def test_split_is_inverted_by_join():
+    z = torch.arange(3 * 4 * TINY.step_values).reshape(3, 4, -1)
+    assert torch.equal(mf.join(*mf.split(TINY, z)), z)
+
+
+def test_companded_sound_has_unit_variance():
+    cfg = Config()
+    x, _ = train.encode_films(cfg, [train.talk(cfg, np.random.default_rng(i), 24) for i in range(16)])
+    assert 0.8 < float(mf.split(cfg, x)[1].std()) < 1.2
+
+
+# Schedules and the denoising loop
+
+def test_warp_is_monotone_and_shared_by_grid_and_density():
+    u = torch.linspace(0, 1, 101)
+    t = mf.warp(u)
+    assert t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all() and mf.warp(0.5) == 0.2
+    assert torch.equal(mf.time_grid(4).flatten(), mf.warp(torch.linspace(0, 1, 5)))
+    drawn = mf.draw_times(torch.zeros(20, 2000, 1), 2)
+    assert abs(float(drawn.median()) - 0.2) < 0.01         # the warped middle
+    assert torch.equal(drawn[:, ::2], drawn[:, 1::2])      # one time a chunk
+    with pytest.raises(ValueError, match="at least 1"):
+        mf.time_grid(0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 50])
+@pytest.mark.parametrize("few", [True, False])
+def test_analytic_velocity_returns_the_data(steps, few):
+    data, noise = torch.randn(2, 2, 4, 7)
+    end = mf.denoise(lambda x, t, d: data, noise, mf.time_grid(steps), few)[-1]
+    assert (end - data).abs().max() < 1e-5
+    sizes = []
+    mf.denoise(lambda x, t, d: sizes.append(float(d)) or data, noise, mf.time_grid(steps), few)
+    assert abs(sum(sizes) - few) < 1e-6                    # few: the true step; multi: 0
+
+
+def test_the_path_and_its_velocity_agree_in_sign():
+    x, noise, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.full((2, 3), 0.3)
+    x_t = mf.add_noise(x, noise, t)
+    assert torch.allclose(mf.velocity(x, x_t, t), x - noise, atol=1e-5)
+    later = x_t + mf.displacement(x, x_t, t, torch.full((2, 3), 0.2))
+    assert torch.allclose(later, mf.add_noise(x, noise, t + 0.2), atol=1e-5)
+
+
+# The model: who sees whom
+
+def test_equal_instants_have_equal_phase_in_both_modalities():
+    video, audio = AudioVideoTransformer(TINY).phases(torch.arange(5))
+    half = TINY.head_dim // 4
+    video, audio = video.view(5, TINY.video_tokens, -1), audio.view(5, TINY.step_sounds, TINY.bands, -1)
+    assert torch.equal(video[:, 0, :half], audio[:, 0, 0, :half])      # of its first hop
+    assert not torch.equal(video[:, 0, :half], audio[:, 1, 0, :half])
+    assert torch.equal(audio[:, :, 0], audio[:, :, 1])                 # both bands of a hop sound at once
+
+
+def test_positions_stay_bounded_and_the_same_after_10000_chunks():
+    model, (x, _, controls) = lively(), some_clip(chunks=1)
+    outs = []
+    for count in (4, 4 + TINY.clock_ticks // TINY.step_sounds // TINY.chunk * 157):
+        cache = model.start(controls)
+        for i in (count - 2, count - 1, count):
+            cache.count = i
+            out = model.step(x, torch.ones(1, 1) * 0.5, torch.zeros(1, 1), controls, cache)
+            cache.commit()
+        outs.append(out)
+    assert count > 10000 and torch.equal(*outs)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
+    """The most important test: both modes, controls on, batch 2, sink, before and after the window rolls."""
+    model = lively(replace(TINY, window=window))
+    x, history, controls = some_clip(chunks=7)
+    t, d = times_of(x)
+    d[:1] = 0                                              # one film in multi-step mode, one in few-step mode
+    whole = model(x, t, d, controls, history)
+    cache, n = model.start(controls), TINY.chunk
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    for i in range(7):
+        now, mine = slice(i * n, i * n + n), controls.chunk(TINY, i)
+        piece = model.step(x[:, now], t[:, i * n:i * n + 1], d[:, i * n:i * n + 1], mine, cache)
+        assert (piece - whole[:, now]).abs().max() < 1e-4 * whole.std()
+        model.step(history[:, now], one, zero, mine, cache)
+        cache.commit()
+
+
+def test_band_equals_a_dense_mask():
+    """The band that is computed beside the slow obvious way: one softmax over all rows under the mask."""
+    cfg, chunks, own, h, e = TINY, 5, 3, 2, 8
+    parts = {name: mf.Part(None, None, None, torch.zeros(n, 1)) for name, n in
+             (("video", 2 * chunks * 2), ("audio", 2 * chunks), ("first", 4))}
+    band = mf.Band(cfg.window, chunks, parts, "cpu")
+    rows = {name: torch.randn(3, 2, part.phases.shape[0], h, e) for name, part in parts.items()}
+    seen = band(0, {name: tuple(x) for name, x in rows.items()})
+    kind = {"first": [(0, -1)] * 4,
+            "video": [(k, i) for k in (1, 2) for i in range(chunks) for _ in range(2)],
+            "audio": [(k, i) for k in (1, 2) for i in range(chunks)]}
+    order = ["first", "video", "audio"]
+    q, k, v = torch.cat([rows[name] for name in order], 2)
+    meta = [m for name in order for m in kind[name]]
+    sink = [i for i, m in enumerate(meta) if m == (1, 0)]
+    k, v = torch.cat([k, mf.timeless(k[:, sink])], 1), torch.cat([v, v[:, sink]], 1)
+    columns = meta + [(3, 0)] * len(sink)
+    mask = torch.tensor([[c == (0, -1) or c == (3, 0) and r[1] > 0 or c == r
+                          or c[0] == 1 and r[1] - cfg.window <= c[1] < r[1] for c in columns] for r in meta])
+    dense = mf.attention(q, k, v, mask)
+    assert (torch.cat([seen[name] for name in order], 1) - dense).abs().max() < 1e-5
+
+
+def test_future_leaves_the_past_alone_and_history_moves_the_chunk():
+    model = lively()
+    x, history, controls = some_clip()
+    t, d = times_of(x)
+    before, n = model(x, t, d, controls, history), TINY.chunk
+    later = history.clone()
+    later[:, 3 * n:] += 1                                  # chunk 3 of the history, seen by chunks 4 and 5
+    after = model(x, t, d, controls, later)
+    assert torch.equal(before[:, :4 * n], after[:, :4 * n])
+    assert all((before - after)[:, i * n:(i + 1) * n].abs().max() > 1e-4 for i in (4, 5))
+    moved = x.clone()
+    moved[:, 2 * n:3 * n] += 1                             # a noisy chunk is seen by nobody else
+    change = (model(moved, t, d, controls, history) - before).abs().flatten(2).amax((0, 2))
+    assert (change.view(-1, n)[2] > 1e-4).all() and change.view(-1, n)[[0, 1, 3, 4, 5]].max() == 0
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_each_modality_moves_the_other_within_a_chunk(moved):
+    model = lively()
+    x, history, controls = some_clip(chunks=2)
+    t, d = times_of(x)
+    other = x.clone()
+    mf.cut_branches(TINY, other)[moved].add_(1)
+    change = model(other, t, d, controls, history) - model(x, t, d, controls, history)
+    assert mf.cut_branches(TINY, change)[1 - moved].abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("control", ["symbols", "character", "first"])
+def test_each_control_matters_and_can_be_dropped(control):
+    model = lively()
+    x, history, controls = some_clip(chunks=2)
+    t, d = times_of(x)
+    other = controls._replace(**{control: controls.symbols.flip(1) if control == "symbols" else
+                                 (controls.character + 1) % 9 if control == "character" else -controls.first})
+    change = (model(x, t, d, other, history) - model(x, t, d, controls, history)).abs().amax((1, 2))
+    assert change[0] > 1e-4                                # film 0 is given its first frame, film 1 is not
+    null = [model(x, t, d, c.dropped(TINY), history) for c in (controls, other)]
+    assert torch.equal(*null)
+
+
+def test_a_chunk_reads_the_transcript_up_to_four_frames_past_its_end():
+    model = lively()
+    x, history, controls = some_clip()
+    t, d = times_of(x)
+    before = model(x, t, d, controls, history)
+    symbols = controls.symbols.clone()
+    at = 3 * TINY.chunk_frames + 2 * TINY.margin           # the first symbol that chunk 2 must not see
+    symbols[:, at] = (symbols[:, at] + 1) % 27
+    after = model(x, t, d, controls._replace(symbols=symbols), history)
+    assert torch.equal(before[:, :3 * TINY.chunk], after[:, :3 * TINY.chunk])
+    assert (before - after)[:, 3 * TINY.chunk:4 * TINY.chunk].abs().max() > 1e-6
+
+
+def test_bidirectional_chunk_sees_the_whole_clip():
+    model = lively()
+    x, _, controls = some_clip()
+    t, d = times_of(x)
+    other = x.clone()
+    other[:, -1] += 1
+    whole = [model(z, t, d, controls, None, x.shape[1]) for z in (x, other)]
+    assert (whole[0] - whole[1])[:, 0].abs().max() > 1e-6
+    alone = (model(other, t, d, controls) - model(x, t, d, controls)).abs()
+    assert alone[:, :-TINY.chunk].max() == 0               # without history a chunk sees itself alone
+
+
+# The cache and the sampler
+
+def filled_cache(model, controls, chunks):
+    cache, n = model.start(controls), TINY.chunk
+    for i in range(chunks):
+        x = torch.randn(len(controls.character), n, TINY.step_values)
+        model.step(x, torch.ones(1, 1), torch.zeros(1, 1), controls.chunk(TINY, i), cache)
+        cache.commit()
+    return cache
+
+
+def test_denoising_never_writes_the_cache_and_step_size_never_enters_it():
+    model, (x, history, controls) = lively(), some_clip(chunks=8)
+    cache = filled_cache(model, controls, 4)
+    kept = [x[:, :, cache.desk:].clone() for x in (cache.k, cache.v)]
+    for d in (0.0, 0.5):
+        model.step(x[:, :2], torch.full((1, 1), 0.3), torch.full((1, 1), d), controls.chunk(TINY, 4), cache)
+    assert all(torch.equal(x[:, :, cache.desk:], old) for x, old in zip((cache.k, cache.v), kept))
+    grid, seen = mf.time_grid(2), []
+    step = model.step
+    model.step = lambda x, t, d, *rest: seen.append((float(t), float(d))) or step(x, t, d, *rest)
+    list(mf.generate(model, controls, 1, grid, few=True))
+    assert seen[-1] == (1.0, 0.0) and all(d > 0 for _, d in seen[:-1])
+
+
+def test_sink_survives_evictions_and_is_the_first_chunk():
+    model, (_, _, controls) = lively(), some_clip(chunks=12)
+    cache = filled_cache(model, controls, 1)
+    sink = slice(cache.first.start, cache.sink.stop)
+    first_chunk = cache.k[:, :, cache.sink.stop:cache.sink.stop + cache.desk]
+    kept = cache.k[:, :, sink].clone(), cache.v[:, :, sink].clone()
+    assert torch.equal(kept[0][:, :, TINY.video_tokens:], mf.timeless(first_chunk))
+    for i in range(1, 12):
+        model.step(torch.randn(2, 2, TINY.step_values), torch.ones(1, 1), torch.zeros(1, 1),
+                   controls.chunk(TINY, i), cache)
+        cache.commit()
+    assert torch.equal(cache.k[:, :, sink], kept[0]) and torch.equal(cache.v[:, :, sink], kept[1])
+    assert kept[0].abs().max() > 0
+
+
+def test_stream_is_exact_in_length_and_equals_one_shot():
+    model = lively()
+    pieces = list(mf.stream(model, seconds=1.3, transcript="hi you", character="ada", seed=3))
+    frames, samples = (np.concatenate(x) for x in zip(*pieces))
+    assert len(frames) == round(1.3 * 16) and len(samples) * 16 == len(frames) * TINY.sample_rate
+    assert len(pieces[0][1]) == TINY.chunk_frames * TINY.sample_rate // 16 - TINY.hop
+    controls = mf.film_controls(TINY, 6, "hi you", "ada")
+    noise = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        chunks = mf.generate(model, controls, 6, mf.time_grid(4), generator=noise)
+        z = torch.cat([states[-1] for states in chunks], 1)
+    video, audio = mf.split(TINY, z)
+    assert np.array_equal(VideoCodec(TINY).decode(video)[0, :len(frames)].numpy(), frames)
+    whole = AudioCodec(TINY).decode(audio.reshape(1, -1, TINY.hop))[0, :len(samples)].numpy()
+    assert np.abs(whole - samples).max() <= 1e-5 * np.abs(whole).max()
+
+
+def test_guidance_of_one_is_none_and_more_changes_the_film():
+    model = lively()
+    films = []
+    for guidance in (1.0, 1.0, 3.0):
+        pieces = mf.stream(model, seconds=0.75, transcript="abc", guidance=guidance, mode="multi")
+        films.append(np.concatenate([frames for frames, _ in pieces]))
+    assert np.array_equal(films[0], films[1]) and not np.array_equal(films[0], films[2])
+
+
+def test_stream_refuses_what_it_cannot_do():
+    model = lively()
+    for wrong in ({"seconds": 0}, {"steps": 0}, {"window": 3}, {"window": 0}, {"mode": "both"},
+                  {"character": "nobody"}, {"first_frame": np.zeros((8, 8, 3))}, {"transcript": [99]}):
+        with pytest.raises(ValueError):
+            next(mf.stream(model, **({"seconds": 1} | wrong)))
+
+
+# The objectives
+
+def stage2(model, steps=3):
+    """A few steps of stage 2, all parameters alive but for the zero layer of d."""
+    model = AudioVideoTransformer(TINY) if model is None else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(steps):
+        x, _, controls = some_clip()
+        mf.flow_matching_loss(model, x, x, controls)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def test_after_stage_2_any_step_size_is_plain_euler_bit_for_bit():
+    model = stage2(None)
+    x, history, controls = some_clip()
+    t, d = times_of(x)
+    with torch.no_grad():
+        assert torch.equal(model(x, t, d, controls, history), model(x, t, 0 * d, controls, history))
+        for branch in (model.video, model.audio):
+            branch.step.size[-1].weight += 0.1
+        assert not torch.equal(model(x, t, d, controls, history), model(x, t, 0 * d, controls, history))
+
+
+def test_no_gradient_through_history_targets_or_scores():
+    model, teacher, fake = lively(), lively(), lively()
+    x, history, controls = some_clip()
+    states, made = mf.rollout(model, x, controls, mf.time_grid(2), "few", torch.zeros(2, dtype=torch.bool))
+    assert not any(state.requires_grad for state in states)
+    loss, _ = mf.shortcut_loss(model, x, states[-1], controls, teacher=teacher)
+    more, _ = mf.dmd_loss(model, states, states[-1], controls, real=teacher, fake=fake, made=made,
+                          times=mf.time_grid(2))
+    (loss + more).backward()
+    assert all(w.grad is None for net in (teacher, fake) for w in net.parameters())
+    assert any(w.grad is not None for w in model.parameters())
+
+
+@pytest.mark.parametrize("term", ["flow", "shortcut", "dmd", "fake"])
+@pytest.mark.parametrize("history", ["few", "real"])
+def test_each_objective_reaches_the_weights_of_both_branches(term, history):
+    model, teacher, fake = lively(), lively(), lively()
+    x, _, controls = some_clip(b=3)
+    losses, logs = mf.mutual_forcing_loss(model, x, controls, teacher=teacher, real=teacher, fake=fake,
+                                          history=history)
+    losses[term].backward()
+    net = fake if term == "fake" else model
+    for branch in (net.video, net.audio):
+        assert branch.sides[0].qkv.weight.grad.abs().max() > 0 and branch.head[-1].weight.grad.abs().max() > 0
+        if term in ("shortcut", "dmd"):
+            assert branch.step.size[-1].weight.grad.abs().max() > 0
+    other = model if term == "fake" else fake
+    assert all(w.grad is None for w in other.parameters()) and all(math.isfinite(v) for v in logs.values())
+
+
+class Analytic(torch.nn.Module):
+    """A stand-in net whose clean prediction is a given function of (x_t, t, d)."""
+
+    def __init__(self, function, cfg=TINY):
+        super().__init__()
+        self.cfg, self.function = cfg, function
+
+    def forward(self, x_t, t, d, controls, history=None, chunk=None, branches=None):
+        return self.function(x_t, t[..., None], d[..., None])
+
+
+def test_shortcut_target_is_two_half_steps_of_an_analytic_flow():
+    """Data N(0, 1), whose flow is known: landing where two half steps land has no loss, Euler has."""
+    def instantaneous(x, t):                               # E[x | x_t] for unit Gaussian data
+        return x * t / (t ** 2 + (1 - t) ** 2)
+
+    def half_steps(x, t, d):                               # the x_hat that lands where two half steps land
+        u, u_end = (s / (s + (1 - s) / 4) for s in (t, t + d))         # the halves are equal in unwarped time
+        m = mf.warp((u + u_end) / 2)
+        middle = x + (instantaneous(x, t) - x) * (m - t) / (1 - t)
+        end = middle + (instantaneous(middle, m) - middle) * (t + d - m) / (1 - m)
+        return x + (end - x) * (1 - t) / d.clamp(min=1e-9)
+
+    x, history, controls = some_clip()
+    net = Analytic(lambda x, t, d: torch.where(d > 0, half_steps(x, t, d), instantaneous(x, t)))
+    loss, _ = mf.shortcut_loss(net, x, history, controls, parts=(8,))
+    assert loss < 1e-8
+    plain = Analytic(lambda x, t, d: instantaneous(x, t))
+    euler, _ = mf.shortcut_loss(plain, x, history, controls, parts=(8,))
+    assert euler > 1e-5
+
+
+def dmd_gradient(mean_real, mean_fake):
+    """Gradient of the DMD loss on a generator's films when both scores are unit Gaussians of given means."""
+    def score(mean):
+        return Analytic(lambda x, t, d: mean + (x - t * mean) * t / (t ** 2 + (1 - t) ** 2))
+    x, _, controls = some_clip()
+    shift = torch.zeros((), requires_grad=True)
+    net = Analytic(lambda x_t, t, d: x + shift)            # its films are x + shift, whatever the noise
+    with torch.no_grad():
+        states = mf.denoise(lambda x_t, t, d: x + shift, torch.randn_like(x), mf.time_grid(1), few=True)
+    loss, _ = mf.dmd_loss(net, states, x, controls, real=score(mean_real), fake=score(mean_fake),
+                          times=mf.time_grid(1), made=torch.ones(x.shape[1], dtype=torch.bool))
+    loss.backward()
+    return float(shift.grad)
+
+
+def test_dmd_gradient_has_the_right_sign_and_a_zero():
+    assert dmd_gradient(2.0, 0.0) < -1e-3                  # descent moves the films up, toward the real mean
+    assert dmd_gradient(-2.0, 0.0) > 1e-3
+    assert dmd_gradient(1.0, 1.0) == 0
+
+
+def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
+    args = train.build_parser().parse_args(["--stage", "mutual", "--batch", "3", "--seconds", "1"])
+    train.configure(args)
+    args.fp32, args.device = True, "cpu"
+    x, _, controls = some_clip(b=3)
+    for moving in (0, 1):
+        state = train.State(stage2(None), "mutual", args)
+        losses, _ = train.losses_of(state, x, controls, args)
+        before = [copy.deepcopy(net.state_dict()) for net in (state.model, state.fake)]
+        train.backward(state, losses)
+        state.optimizers[moving].step()
+        still = [all(torch.equal(net.state_dict()[k], v) for k, v in old.items())
+                 for net, old in zip((state.model, state.fake), before)]
+        assert still == [moving == 1, moving == 0]
+
+
+def test_one_batch_can_be_overfitted():
+    cfg = Config(width=64, layers=2, heads=1)
+    model = AudioVideoTransformer(cfg)
+    x, controls = train.encode_films(cfg, [train.talk(cfg, np.random.default_rng(i), 8) for i in range(2)])
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    losses = []
+    for _ in range(60):
+        losses.append(mf.flow_matching_loss(model, x, x, controls)[0])
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+
+
+def test_unimodal_training_leaves_the_other_branch_alone():
+    for branch, other in (("video", "audio"), ("audio", "video")):
+        model = lively()
+        before = copy.deepcopy(model.state_dict())
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.1)
+        x, history, controls = some_clip()
+        mf.flow_matching_loss(model, x, history, controls, branches=(branch,))[0].backward()
+        optimizer.step()
+        changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+        assert not any(k.startswith(other) for k in changed)
+        assert {f"{branch}.embed.weight", f"{branch}.head.2.weight", f"{branch}.text.out.weight"} <= changed
+
+
+# Training runs
+
+TRAIN = ["--config", "width=32", "layers=1", "heads=1", "--batch", "3", "--seconds", "0.5", "1",
+         "--save", "2", "--fp32", "--device", "cpu"]
+
+
+def run_training(out, *more):
+    return train.main([*TRAIN, "--out", str(out), *map(str, more)])
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["weights"]
+
+
+@pytest.mark.parametrize("stage", list(train.STAGES))
+def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypatch):
+    assert run_training(tmp_path / "whole", "--stage", stage, "--steps", 4) == 0
+    step = train.train_step
+
+    def interrupted(state, args):
+        if state.step == 2:
+            raise KeyboardInterrupt
+        return step(state, args)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run_training(tmp_path / "cut", "--stage", stage, "--steps", 4) == 130
+    monkeypatch.setattr(train, "train_step", step)
+    assert run_training(tmp_path / "cut", "--stage", stage, "--steps", 4, "--resume") == 0
+    one, two = (torch.load(tmp_path / name / "resume.pt", weights_only=True) for name in ("whole", "cut"))
+    for part in [name for name in ("model", "ema", "fake") if name in one]:
+        assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
+    assert any(not torch.equal(one["model"][k], one["ema"][k]) for k in one["model"])
+
+
+def test_coupling_loads_both_branches(tmp_path):
+    assert run_training(tmp_path, "--stage", "video", "--steps", 2) == 0
+    assert run_training(tmp_path, "--stage", "audio", "--steps", 2, "--init", tmp_path / "video.pt") == 0
+    video, both = weights(tmp_path / "video.pt"), weights(tmp_path / "audio.pt")
+    assert all(torch.equal(video[k], both[k]) for k in both if k.startswith("video"))
+    assert any(not torch.equal(video[k], both[k]) for k in both if k.startswith("audio"))
+
+
+def test_a_tiny_stage_3_makes_the_4_step_error_smaller():
+    """ShortCut on fixed noise: 4 few-step evaluations come closer to 32 small steps of the frozen teacher."""
+    cfg = Config(width=48, layers=1, heads=1, image=32, sample_rate=1024)
+    model = AudioVideoTransformer(cfg)
+    x, controls = train.encode_films(cfg, [train.talk(cfg, np.random.default_rng(i), 8) for i in range(4)])
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(60):
+        mf.flow_matching_loss(model, x, x, controls)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    teacher, noise = copy.deepcopy(model).requires_grad_(False), torch.randn_like(x)
+
+    @torch.no_grad()
+    def film(net, steps, few):
+        shape = x.shape[:2]
+        return mf.denoise(lambda z, t, d: net(z, t.expand(shape), d.expand(shape), controls, x), noise,
+                          mf.time_grid(steps), few)[-1]
+
+    goal, before = film(teacher, 32, False), film(model, 4, True)
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-4)
+    for _ in range(60):
+        mf.shortcut_loss(model, x, x, controls, teacher=teacher)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = film(model, 4, True)
+    assert (after - goal).square().mean() < 0.9 * (before - goal).square().mean()
+
+
+def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
+    flow = train.flow_matching_loss
+    calls = []
+
+    def broken(*args, **kw):
+        calls.append(1)
+        loss, logs = flow(*args, **kw)
+        return (loss * float("nan") if len(calls) == 4 else loss), logs
+
+    monkeypatch.setattr(train, "flow_matching_loss", broken)
+    assert run_training(tmp_path, "--stage", "joint", "--steps", 6) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "not finite at step 3" in message and "joint.pt" in message
+    assert all(v.isfinite().all() for v in weights(tmp_path / "joint.pt").values())
+
+
+def test_training_refuses_bad_input(tmp_path, capsys):
+    for wrong in (["--init", "missing.pt"], ["--resume"], ["--config", "depth=3"], ["--seconds", "0.1"],
+                  ["--steps", "0"], ["--config", "width=30"], ["--seed", "-1"]):
+        assert run_training(tmp_path, *wrong) == 2
+        message = capsys.readouterr().err.splitlines()
+        assert len([line for line in message if line.startswith("train.py:")]) == 1
+
+
+# Checkpoints
+
+def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
+    model, path = lively(), tmp_path / "a.pt"
+    mf.save_checkpoint(path, model, {"step": 3})
+    loaded, extra = mf.load_checkpoint(path)
+    assert extra == {"step": 3} and loaded.cfg == TINY
+    assert all(torch.equal(v, model.state_dict()[k].half().float()) for k, v in loaded.state_dict().items())
+    old = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda content, part: Path(part).write_bytes(b"half") and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        mf.save_checkpoint(path, model)
+    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("owned"),))
+
+
+def test_bad_checkpoints_end_in_one_clear_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, model = tmp_path / "a.pt", lively()
+    mf.save_checkpoint(path, model)
+    content, data = torch.load(path, weights_only=True), path.read_bytes()
+    cases = {"truncated": data[:len(data) // 2], "empty": b"", "foreign": b"hello" * 100}
+    for name, bytes_ in cases.items():
+        (tmp_path / name).write_bytes(bytes_)
+    torch.save({"format": mf.FORMAT, "config": Evil()}, tmp_path / "evil")
+    torch.save({**content, "format": "other"}, tmp_path / "version")
+    torch.save({**content, "config": {**content["config"], "width": 64}}, tmp_path / "other size")
+    torch.save({**content, "config": {**content["config"], "depth": 64}}, tmp_path / "unknown field")
+    broken = dict(content["weights"])
+    broken["no_first"] = broken["no_first"] * float("nan")
+    torch.save({**content, "weights": broken}, tmp_path / "nan")
+    names = [*cases, "evil", "version", "other size", "unknown field", "nan", "missing"]
+    for name in names:
+        with pytest.raises(mf.CheckpointError) as error:
+            mf.load_checkpoint(tmp_path / name)
+        assert "\n" not in str(error.value) and name in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+# The ruler and the films
+
+@pytest.fixture(scope="module")
+def world():
+    cfg = Config()
+    return cfg, sample.Ruler(cfg), [sample.to_films(sample.held_out(cfg, 6, 6, kind), cfg) for kind in (0, 1)]
+
+
+def test_the_ruler_knows_truth_from_shuffled_sound(world):
+    cfg, ruler, (films, reference) = world
+    truth = sample.score(ruler, films, reference)
+    shuffled = sample.score(ruler, films._replace(samples=np.roll(films.samples, 1, 0)), reference)
+    assert truth["transcript_error"][0] <= 0.01 and shuffled["transcript_error"][0] > 0.8
+    assert truth["lip"][0] > 0.97 and truth["sync"][0] > 0.95 and abs(shuffled["sync"][0]) < 0.3
+    assert abs(truth["sync_lag_ms"][0]) < 10 and truth["identity_drift"][0] < 0.01
+    assert truth["voice_drift"][0] < 0.05 and truth["frechet_audio"][0] < 1
+
+
+def test_the_ruler_sees_what_is_wrong(world):
+    cfg, ruler, (films, reference) = world
+    truth = sample.score(ruler, films, reference)
+    late = sample.score(ruler, films._replace(samples=np.roll(films.samples, 1000, 1)), reference)
+    assert abs(late["sync_lag_ms"][0] - 125) < 15          # 1000 samples at 8 kHz
+    frozen = films.frames.copy()
+    frozen[:] = films.frames[:, :1]
+    assert sample.score(ruler, films._replace(frames=frozen), reference)["motion"][0] == 0
+    light = np.linspace(1, 0.5, films.frames.shape[1])[None, :, None, None, None]
+    faded = films._replace(frames=(films.frames * light).astype(np.uint8))
+    assert sample.score(ruler, faded, reference)["identity_drift"][0] > 0.05
+    hiss = 0.02 * np.random.default_rng(0).standard_normal(films.samples.shape)
+    noisy = films._replace(samples=films.samples + hiss)
+    assert sample.score(ruler, noisy, reference)["frechet_audio"][0] > 2 * truth["frechet_audio"][0]
+
+
+def test_mp4_keeps_length_and_sync(tmp_path):
+    """A flash and a click at 1 s, decoded by ffmpeg: durations equal, both within 10 ms of each other."""
+    cfg = Config()
+    frames, samples = np.zeros((32, 64, 64, 3), np.uint8), np.zeros(16000, np.float32)
+    frames[16:], samples[8000:8040] = 255, 0.9
+    writer = sample.FilmWriter(tmp_path / "film.mp4", cfg)
+    for i in range(0, 32, 4):
+        writer.add(frames[i:i + 4], samples[i * 500:i * 500 + 2000])
+    writer.finish()
+    writer.close()
+    exe = imageio_ffmpeg.get_ffmpeg_exe()
+    pixels = subprocess.run([exe, "-i", tmp_path / "film.mp4", "-f", "rawvideo", "-pix_fmt", "gray", "-"],
+                            capture_output=True).stdout
+    sound = subprocess.run([exe, "-i", tmp_path / "film.mp4", "-f", "f32le", "-ar", "48000", "-ac", "1", "-"],
+                           capture_output=True).stdout
+    bright = np.frombuffer(pixels, np.uint8).reshape(-1, 256 * 256).mean(1)
+    loud = np.abs(np.frombuffer(sound, np.float32))
+    assert len(bright) == 32 and abs(len(loud) / 48000 - 2) < 0.03
+    flash, click = np.argmax(bright > 128) / 16, np.argmax(loud > 0.3) / 48000
+    assert abs(flash - click) < 0.010
+    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
+
+
+@pytest.fixture(scope="module")
+def small_checkpoint(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "small.pt"
+    torch.manual_seed(0)
+    mf.save_checkpoint(path, AudioVideoTransformer(Config(width=32, layers=1, heads=1)))
+    return path
+
+
+@pytest.mark.parametrize("ending", ["mp4", "gif", "wav", "png"])
+def test_sample_writes_each_kind_of_film(ending, small_checkpoint, tmp_path, capsys):
+    out = tmp_path / f"film.{ending}"
+    code = sample.main(["--checkpoint", str(small_checkpoint), "--say", "hello", "--out", str(out), "--json",
+                        "--device", "cpu"])
+    figures = json.loads(capsys.readouterr().out)
+    assert code == 0 and out.stat().st_size > 300 and [p.name for p in tmp_path.iterdir()] == [out.name]
+    assert {"out", "seconds", "frames", "mode", "steps", "fps", "real_time_factor", "first_chunk_ms",
+            "load_s", "peak_memory_mb"} <= set(figures)
+    assert figures["frames"] == figures["seconds"] * 16 == 2 + 15 + 8
+
+
+def test_sample_refuses_bad_input(small_checkpoint, tmp_path, capsys):
+    picture, kept = tmp_path / "bad.png", tmp_path / "kept.mp4"
+    picture.write_bytes(b"no picture")
+    kept.write_bytes(b"old film")
+    good = ["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"]
+    for wrong in (["--say", "123 !?"], ["--first-frame", str(picture)], ["--first-frame", "missing.png"],
+                  ["--steps", "0"], ["--seconds", "-1"], ["--seconds", "0"], ["--window", "99"],
+                  ["--character", "nobody"], ["--out", str(tmp_path / "no" / "a.mp4")], ["--out", "film.avi"],
+                  ["--checkpoint", str(picture)], ["--checkpoint", "missing.pt"]):
+        assert sample.main([*good, *wrong]) == 2
+        message = capsys.readouterr().err.strip().splitlines()
+        assert len([line for line in message if line.startswith("sample.py:")]) == 1
+    assert kept.read_bytes() == b"old film" and len(list(tmp_path.iterdir())) == 2
+    if not torch.cuda.is_available():
+        assert sample.main([*good, "--device", "cuda"]) == 2
+
+
+def test_disk_full_leaves_the_old_film(small_checkpoint, tmp_path, capsys, monkeypatch):
+    def full(*args, **kw):
+        raise OSError(28, "No space left on device")
+    kept = tmp_path / "kept.wav"
+    kept.write_bytes(b"old film")
+    monkeypatch.setattr(sample.FilmWriter, "add", full)
+    assert sample.main(["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"]) == 2
+    assert "No space left" in capsys.readouterr().err and kept.read_bytes() == b"old film"
+    assert [p.name for p in tmp_path.iterdir()] == ["kept.wav"]
+
+
+def test_interrupted_sampling_keeps_a_playable_film(small_checkpoint, tmp_path, monkeypatch, capsys):
+    stream = sample.stream
+
+    def cut(*args, **kw):
+        for i, piece in enumerate(stream(*args, **kw)):
+            if i == 3:
+                raise KeyboardInterrupt
+            yield piece
+
+    monkeypatch.setattr(sample, "stream", cut)
+    kept = tmp_path / "kept.wav"
+    kept.write_bytes(b"old film")
+    good = ["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"]
+    assert sample.main([*good, "--json"]) == 130
+    figures = json.loads(capsys.readouterr().out)
+    assert kept.read_bytes() == b"old film" and figures["frames"] == 12
+    assert (tmp_path / "kept-interrupted.wav").stat().st_size > 8000
+
+
+def test_first_frame_of_odd_size_is_resized_and_said(tmp_path, capsys):
+    import imageio.v3 as iio
+    iio.imwrite(tmp_path / "odd.png", np.full((100, 37, 3), 200, np.uint8))
+    frame = sample.read_first_frame(tmp_path / "odd.png", Config())
+    assert frame.shape == (64, 64, 3) and (frame == 200).all() and "37 x 100" in capsys.readouterr().err
+
+
+def test_evaluate_scores_in_windows(small_checkpoint, capsys):
+    assert sample.main(["--evaluate", str(small_checkpoint), "--talkers", "2", "--seconds", "5",
+                        "--mode", "few", "--json", "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["windows"] == [[0, 5], [5, 15], [15, 25]] and len(result["rows"]) == 6
+    names = {"checkpoint", "mode", "steps", "guidance", "control", *sample.FIGURES}
+    assert all(set(row) == names for row in result["rows"])
+    films = {row["checkpoint"] for row in result["rows"]}
+    assert films == {"ground truth", "shuffled sound", str(small_checkpoint)}
+    babbling = [row for row in result["rows"] if row["control"] == "babbling"]
+    assert len(babbling) == 3 and all(row["transcript_error"] == [None] for row in babbling)
+
+
+def test_training_and_evaluation_never_share_a_film():
+    cfg = Config()
+    drawn = [train.talk(cfg, np.random.default_rng([0, 2, step, 0]), 8) for step in range(6)]
+    held = sample.held_out(cfg, 3, 0.5) + sample.held_out(cfg, 3, 0.5, 1)
+    assert not any(np.array_equal(a.frames, b.frames) for a in drawn for b in held)
+    assert sample.HELD_OUT >= 10 ** 6                      # train.py refuses such seeds
+
+
+# The repository
+
+def test_every_config_field_is_read():
+    source = "".join((HERE / name).read_text() for name in ("mutual_forcing.py", "train.py", "sample.py"))
+    for field in fields(Config):
+        assert re.search(rf"\b(c|cfg|self)\.{field.name}\b", source), field.name
+
+
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 800), ("sample.py", 650),
+                                          ("test_mutual_forcing.py", 1200)])
+def test_line_budget(name, budget):
+    source = (HERE / name).read_text()
+    assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 65, node.name
+
+
+def readme_commands():
+    text = (HERE / "README.md").read_text()
+    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            for command in line.split("&&"):
+                words = shlex.split(command, comments=True)
+                if words:
+                    yield words
+
+
+def test_readme_commands_parse_and_files_exist():
+    parsers = {"train.py": train.build_parser(), "sample.py": sample.build_parser()}
+    seen = set()
+    for words in readme_commands():
+        script = next((w for w in words if w in parsers), None)
+        if script:
+            seen.add(script)
+            parsers[script].parse_args(words[words.index(script) + 1:])
+    assert seen == set(parsers)
+    text = (HERE / "README.md").read_text()
+    for name in re.findall(r"[\w./-]+\.(?:py|txt|png|pt|gif)\b", text):
+        if not name.startswith("runs/") and "sample." not in name.replace("sample.py", ""):
+            assert (HERE / name).exists(), name
+    for name in re.findall(r"`(\w+)\(\)`", text):
+        assert any(hasattr(module, name) or re.search(rf"def {name}\b", Path(module.__file__).read_text())
+                   for module in (mf, train, sample)), name
+
+
+def test_shipped_checkpoint_is_small_and_speaks():
+    path = HERE / "assets" / "talker.pt"
+    assert path.stat().st_size <= 16 * 10 ** 6
+    model, extra = mf.load_checkpoint(path)
+    cfg, ruler = model.cfg, sample.Ruler(model.cfg)
+    films = sample.remake(model, sample.held_out(cfg, 4, 4), few=True, steps=4, guidance=1.0, babble=False)
+    mouths = ruler.mouths(films.frames)
+    assert sample.letters_read(ruler, films.samples, films.symbols, 16, 64) < 0.2
+    assert sample.correlation(mouths, sample.openings(films.symbols)) > 0.8

@@ -1,0 +1,578 @@
+"""Train Mutual Forcing on the synthetic talker: the world, the data and one flat loop (the method is in
+mutual_forcing.py). `python train.py` runs all stages; `python train.py --preset tiny` shows every stage in
+minutes.
+"""
+import argparse
+import copy
+import json
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, AudioVideoTransformer,
+                            CheckpointError, Config, Controls, VideoCodec, flow_matching_loss, generate, join,
+                            load_checkpoint, load_file, mutual_forcing_loss, save_checkpoint, save_file,
+                            split, time_grid)
+
+# ------------------------------------------------------------------------------------------------------------
+# The synthetic talker: a drawn face that speaks; rich enough to need a generator, exact enough to measure.
+
+NAMES = Config().characters                                # len(NAMES) as an index: anyone
+
+# Each letter: how far the mouth opens and how wide it is, then its sound: two resonances (Hz) that the voice
+# excites, how loud the voice is, and the centre (Hz), width (Hz) and loudness of a band of noise.
+LETTER_TABLE = {
+    #    open width   F1    F2  voice   hiss width loud
+    "a": (1.00, 0.55, 900, 1500, 1.0,      0, 1, 0), "b": (0.00, 0.50, 250, 1000, 0.6,    0, 1, 0),
+    "c": (0.25, 0.60, 0, 0, 0.0,        2600, 150, .5), "d": (0.30, 0.55, 250, 2200, 0.6,  0, 1, 0),
+    "e": (0.55, 0.80, 550, 2200, 1.0,      0, 1, 0), "f": (0.10, 0.50, 0, 0, 0.0,     1900, 500, .5),
+    "g": (0.40, 0.45, 450, 1500, 0.7,      0, 1, 0), "h": (0.60, 0.50, 0, 0, 0.0,      700, 250, .5),
+    "i": (0.35, 0.95, 300, 2700, 0.9,      0, 1, 0), "j": (0.30, 0.40, 250, 1600, 0.4, 3300, 250, .3),
+    "k": (0.45, 0.55, 0, 0, 0.0,        1300, 150, .5), "l": (0.45, 0.70, 500, 2900, 0.7,  0, 1, 0),
+    "m": (0.00, 0.45, 300, 1300, 0.7,      0, 1, 0), "n": (0.25, 0.60, 300, 1900, 0.7,    0, 1, 0),
+    "o": (0.80, 0.25, 550, 1000, 1.0,      0, 1, 0), "p": (0.00, 0.55, 0, 0, 0.0,      350, 120, .5),
+    "q": (0.35, 0.20, 0, 0, 0.0,         950, 120, .5), "r": (0.40, 0.35, 700, 1200, 0.8,   0, 1, 0),
+    "s": (0.15, 0.80, 0, 0, 0.0,        3400, 350, .5), "t": (0.20, 0.65, 0, 0, 0.0,     3000, 120, .5),
+    "u": (0.45, 0.10, 300, 700, 1.0,       0, 1, 0), "v": (0.10, 0.60, 300, 500, 0.5, 1900, 300, .3),
+    "w": (0.25, 0.05, 400, 500, 0.8,       0, 1, 0), "x": (0.30, 0.75, 0, 0, 0.0,     2200, 150, .5),
+    "y": (0.30, 0.90, 300, 3300, 0.8,      0, 1, 0), "z": (0.15, 0.70, 250, 350, 0.5, 3500, 250, .35),
+    " ": (0.00, 0.50, 0, 0, 0.0,           0, 1, 0)}
+MOUTH = np.array([LETTER_TABLE[c][:2] for c in ALPHABET], np.float32)  # (27, 2) opening and width in 0..1
+
+
+class Identity(NamedTuple):
+    """Who the talker is. Colours are RGB in 0..1; face_width in 0..1 also sets the voice: wide faces speak
+    low."""
+    skin: np.ndarray
+    hair: np.ndarray
+    eyes: np.ndarray
+    cloth: np.ndarray
+    back: np.ndarray       # (2, 3), top and bottom of the background
+    face_width: float
+    fringe: float          # how far the hair hangs into the face, 0..1
+    glasses: bool
+    hat: bool
+    tilt: float            # dullness of the voice, 0..1
+    texture: np.ndarray    # (6,) phases and frequencies of hair and cloth
+    character: int         # index into NAMES, or len(NAMES) for anyone
+
+
+def hsv(h, s, v) -> np.ndarray:
+    """Hue, saturation and value in 0..1 -> RGB in 0..1, float32 (3,)."""
+    k = (np.array([5.0, 3.0, 1.0]) + 6 * h) % 6
+    return (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
+
+
+def draw_identity(rng: np.random.Generator, character: int | None = None) -> Identity:
+    """A random person; half are one of the named characters, who fix hair, hat, glasses, face and voice."""
+    if character is None:
+        character = int(rng.integers(len(NAMES))) if rng.random() < 0.5 else len(NAMES)
+    named = np.random.default_rng(1000 + character) if character < len(NAMES) else rng
+    light = rng.random()
+    skin = (1 - light) * np.array([0.58, 0.38, 0.28]) + light * np.array([0.97, 0.80, 0.68])
+    back = hsv(rng.random(), rng.uniform(0.15, 0.6), rng.uniform(0.5, 0.95))
+    return Identity(
+        skin=skin.astype(np.float32), eyes=hsv(rng.random(), 0.7, 0.55),
+        cloth=hsv(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.4, 0.9)),
+        back=np.stack([back, back * rng.uniform(0.6, 0.9)]).astype(np.float32),
+        texture=rng.random(6), tilt=rng.random(),
+        hair=hsv(named.random(), named.uniform(0.2, 0.8), named.uniform(0.15, 0.75)),
+        face_width=named.random(), fringe=named.random(), glasses=bool(named.random() < 0.3),
+        hat=bool(named.random() < 0.3), character=character)
+
+
+def draw_symbols(rng: np.random.Generator, frames: int) -> np.ndarray:
+    """A random transcript: a symbol per frame. Letters last 2 to 4 frames, words 2 to 6 letters."""
+    symbols, last = [SILENCE] * int(rng.integers(0, 5)), SILENCE
+    while len(symbols) < frames:
+        for _ in range(rng.integers(2, 7)):
+            letter = int(rng.choice([i for i in range(26) if i != last]))    # a repeat could not be heard
+            symbols += [letter] * int(rng.integers(2, 5))
+            last = letter
+        symbols += [SILENCE] * int(rng.integers(2, 7))
+    return np.array(symbols[:frames])
+
+
+def letter_weights(symbols: np.ndarray) -> np.ndarray:
+    """Symbols (F,) -> smooth weights (4 F + 1, 27) at quarters of frames: letters blend over about 60 ms."""
+    fine = np.eye(27, dtype=np.float32)[np.repeat(symbols, 4)]
+    padded = np.concatenate([np.eye(27, dtype=np.float32)[[SILENCE] * 2], fine, fine[-1:], fine[-1:]])
+    kernel = (0.125, 0.375, 0.375, 0.125)                  # centred on the borders between quarters
+    return sum(k * padded[i:i + len(fine) + 1] for i, k in enumerate(kernel))
+
+
+def mouth_of(symbols: np.ndarray) -> np.ndarray:
+    """Symbols (F,) -> opening and width of the mouth amid each frame (F, 2)."""
+    weights = letter_weights(symbols)
+    return (weights[1:-1:4] + 2 * weights[2::4] + weights[3::4]) / 4 @ MOUTH
+
+
+def voice(rng: np.random.Generator, who: Identity, weights: np.ndarray, cfg: Config) -> np.ndarray:
+    """The sound of letter weights (4 F + 1, 27): float32 samples (F sample_rate / fps,) in [-1, 1].
+
+    Pitch is a multiple of sample_rate / hop, so that a steady vowel is steady in the codec's frames too.
+    """
+    hop, points = cfg.hop, weights[::2]                    # control points, hop samples apart
+    pitch = pitch_of(who)
+    harmonics = np.arange(1, int(0.95 * cfg.sample_rate / 2 / (pitch * cfg.sample_rate / hop)) + 1) * pitch
+    phases = np.pi * harmonics ** 2 / harmonics[-1]        # spread out, so that peaks do not add up
+    waves = np.sin(2 * np.pi * np.outer(harmonics, np.arange(hop)) / hop + phases[:, None])
+    bands = np.arange(hop + 1)                             # of the noise, half as wide as the harmonics' grid
+    voiced, hissed = timbre(harmonics * cfg.sample_rate / hop, bands * cfg.sample_rate / (2 * hop), who.tilt)
+    tables = (points @ voiced).astype(np.float32) @ waves.astype(np.float32)  # (points, hop), periodic
+    fade = np.linspace(0, 1, hop, endpoint=False, dtype=np.float32)
+    sound = (1 - fade) * tables[:-1] + fade * tables[1:]
+    noise = rng.standard_normal((len(points), hop + 1)) + 1j * rng.standard_normal((len(points), hop + 1))
+    grains = np.fft.irfft(noise * (points @ hissed), axis=1) * np.sin(np.pi * np.arange(2 * hop) / (2 * hop))
+    sound = sound + grains[:-1, hop:] + grains[1:, :hop]
+    return sound.reshape(-1).astype(np.float32)
+
+
+def pitch_of(who: Identity) -> int:
+    """The voice in multiples of sample_rate / hop (32 Hz): 7 for the narrowest face, 3 for the widest."""
+    return 7 - int(who.face_width * 4.999)
+
+
+def timbre(voice_hz: np.ndarray, noise_hz: np.ndarray, tilt: float) -> tuple[np.ndarray, np.ndarray]:
+    """Amplitudes of each letter's harmonics (27, len(voice_hz)) and of its noise (27, len(noise_hz))."""
+    table = np.array([LETTER_TABLE[c] for c in ALPHABET])[:, 2:, None]
+    f1, f2, loud, centre, width, hiss = table.transpose(1, 0, 2)
+    peaks = np.exp(-((voice_hz - f1) / 130) ** 2) + 0.7 * np.exp(-((voice_hz - f2) / 180) ** 2)
+    peaks = (peaks + 0.01) * 10 ** (-0.3 * tilt * voice_hz / 4000)
+    voiced = 0.16 * loud * peaks / np.sqrt((peaks ** 2).sum(1, keepdims=True))
+    band = np.exp(-((noise_hz - centre) / width) ** 2)
+    hissed = 26 * hiss * band / np.sqrt((band ** 2).sum(1, keepdims=True) + 1e-9)
+    return voiced, hissed
+
+
+def blob(y: np.ndarray, x: np.ndarray, cy, cx, ry, rx) -> np.ndarray:
+    """How much of each pixel (y, x) an ellipse covers, 0..1; all in pixels, soft over one pixel at the
+    rim."""
+    norm = np.sqrt(((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2)
+    return np.clip(0.5 + (1 - norm) * np.minimum(ry, rx), 0, 1).astype(np.float32)
+
+
+def paint(canvas: np.ndarray, cover: np.ndarray, colour, shade=1.0) -> None:
+    """Lay a colour (3,), times a shade (..., h, w), over the canvas (..., 3, h, w) where cover (..., h, w)
+    says."""
+    colour = np.broadcast_to(np.float32(colour), 3)[:, None, None]
+    if isinstance(shade, np.ndarray):
+        colour = colour * shade[..., None, :, :]
+    canvas += cover[..., None, :, :] * (colour - canvas)
+
+
+def wander(rng: np.random.Generator, frames: int, fps: int, size: float) -> np.ndarray:
+    """A slow random curve (F,): two sine waves of random pace and phase, about +-size."""
+    seconds = np.arange(frames)[:, None] / fps
+    waves = np.sin(2 * np.pi * (rng.uniform(0.1, 0.6, 2) * seconds + rng.random(2)))
+    return (size * waves.mean(1)).astype(np.float32)
+
+
+def draw_moves(rng: np.random.Generator, frames: int, fps: int) -> dict[str, np.ndarray]:
+    """What chance does within a film: sway and nods (pixels), gaze (-1..1), eyelids (1 = shut), each (F,)."""
+    lids, gaze = np.zeros(frames + 4, np.float32), np.zeros((frames, 2), np.float32)
+    for f in range(frames):
+        if rng.random() < 1 / (2.5 * fps):
+            lids[f:f + 3] = np.maximum(lids[f:f + 3], (0.6, 1.0, 0.5))
+        gaze[f] = rng.uniform(-1, 1, 2) if f == 0 or rng.random() < 1 / fps else gaze[f - 1]
+    return {"sway": wander(rng, frames, fps, 2.5), "nod": wander(rng, frames, fps, 2.0),
+            "lids": lids[:frames], "gaze_x": gaze[:, 0], "gaze_y": gaze[:, 1]}
+
+
+def draw_still(who: Identity, size: int) -> np.ndarray:
+    """What does not move: background, neck and clothes, float32 (3, size, size)."""
+    y, x = np.mgrid[:size, :size].astype(np.float32) * (64 / size)
+    down = y / 64
+    canvas = (1 - down) * who.back[0][:, None, None] + down * who.back[1][:, None, None]
+    paint(canvas, blob(y, x, 50, 32, 12, 6.5), 0.85 * who.skin)
+    angle, pace = 2 * np.pi * who.texture[0], 0.5 + 0.9 * who.texture[1]
+    stripes = 0.85 + 0.15 * np.sin(pace * (np.cos(angle) * x + np.sin(angle) * y) + 6.3 * who.texture[2])
+    paint(canvas, blob(y, x, 72, 32, 16, 25), who.cloth, stripes.astype(np.float32))
+    return canvas
+
+
+def draw_frames(who: Identity, moves: dict[str, np.ndarray], mouth: np.ndarray, size: int) -> np.ndarray:
+    """The film of a talker whose mouth (F, 2) has an opening and a width a frame: uint8 (F, size, size, 3).
+
+    Drawn in units of 1/64 of the picture, back to front; moving parts are painted in the box that they can
+    reach.
+    """
+    film = np.repeat(draw_still(who, size)[None], len(mouth), 0)
+    unit = 64 / size
+    grid_y, grid_x = np.mgrid[:size, :size].astype(np.float32) * unit
+    head_x, head_y = 32 + moves["sway"][:, None, None], 29 + moves["nod"][:, None, None]
+
+    def box(top, bottom, left, right):
+        """A part of the film, and the distance of its pixels from the head's centre."""
+        part = np.s_[int(top / unit):int(bottom / unit), int(left / unit):int(right / unit)]
+        return film[:, :, *part], grid_y[part] - head_y, grid_x[part] - head_x
+
+    wide = 13 + 4 * who.face_width
+    part, y, x = box(4, 54, 8, 56)
+    strands = 0.8 + 0.2 * np.sin((0.9 + 0.8 * who.texture[3]) * x + 0.25 * y + 6.3 * who.texture[4])
+    paint(part, blob(y, x, -3, 0, 20, wide + 3.5), who.hair, strands)
+    fringe = np.clip(6.5 + 5 * who.fringe - 2 * np.sin(0.35 * x + 6.3 * who.texture[5]) + y, 0, 1)
+    paint(part, blob(y, x, 0, 0, 19, wide) * fringe, who.skin)
+    if who.hat:
+        part, y, x = box(2, 24, 6, 58)
+        cap = np.clip(-10 - y, 0, 1) * np.clip(wide + 4.5 - abs(x), 0, 1) * np.clip(y + 24, 0, 1)
+        paint(part, cap, 0.6 * who.cloth)
+        paint(part, cap * np.clip(y + 13, 0, 1), 0.35 * who.cloth)
+    draw_eyes(who, moves, 0.45 * wide, *box(19, 38, 14, 50))
+
+    part, y, x = box(31, 50, 20, 44)
+    opening, width = mouth[:, :1, None], mouth[:, 1:, None]
+    high, half = 0.3 + 4.7 * opening, 3.0 + 4.0 * width
+    paint(part, blob(y, x, 10, 0, high + 1.4, half + 1.4), (0.75, 0.30, 0.30))
+    paint(part, blob(y, x, 10, 0, high, half) * np.minimum(1, 4 * opening), (0.22, 0.05, 0.08))
+    return (np.clip(film, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def draw_eyes(who: Identity, moves: dict[str, np.ndarray], apart: float, part, y, x) -> None:
+    """Eyes with lids and gaze, glasses and the nose between them, into a part of the film (see
+    draw_frames)."""
+    lids = moves["lids"][:, None, None]
+    gaze_x, gaze_y = 1.3 * moves["gaze_x"][:, None, None], -3 + 0.7 * moves["gaze_y"][:, None, None]
+    for eye in (-apart, apart):
+        open_eye = blob(y, x, -3, eye, 2.6 * (1 - lids) + 0.3, 3.4) * np.minimum(1, 2.5 * (1 - lids))
+        paint(part, open_eye, 0.97)
+        paint(part, open_eye * blob(y, x, gaze_y, eye + gaze_x, 1.9, 1.9), who.eyes)
+        paint(part, open_eye * blob(y, x, gaze_y, eye + gaze_x, 0.8, 0.8), 0.05)
+        paint(part, lids * blob(y, x, -2.6, eye, 0.6, 3.4), 0.6 * who.skin)
+        if who.glasses:
+            paint(part, blob(y, x, -3, eye, 4.6, 5.0) - blob(y, x, -3, eye, 3.7, 4.1), 0.12)
+    paint(part, blob(y, x, 3.5, 0, 1.6, 1.8), 0.9 * who.skin)
+
+
+class Film(NamedTuple):
+    """A film with its transcript, as the world or a folder of clips gives it."""
+    frames: np.ndarray     # uint8 (F, image, image, 3)
+    samples: np.ndarray    # float32 (F sample_rate / fps,)
+    symbols: np.ndarray    # int (margin + F + margin,), what is said before, during and after
+    character: int
+
+
+def talk(cfg: Config, rng: np.random.Generator, frames: int, who: Identity | None = None,
+         symbols: np.ndarray | None = None) -> Film:
+    """One film of the synthetic talker, from its very beginning; the same random state makes the same
+    film."""
+    who = who or draw_identity(rng)
+    symbols = draw_symbols(rng, frames + cfg.margin) if symbols is None else symbols
+    film = draw_frames(who, draw_moves(rng, frames, cfg.fps), mouth_of(symbols[:frames]), cfg.image)
+    weights = letter_weights(symbols[:frames])
+    before = np.full(cfg.margin, SILENCE)
+    return Film(film, voice(rng, who, weights, cfg), np.concatenate([before, symbols]), who.character)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The data: films to latents and controls.
+
+def encode_films(cfg: Config, films: list[Film]) -> tuple[torch.Tensor, Controls]:
+    """Films of equal length -> latents (B, S, E), and their controls, none of them dropped."""
+    frames = torch.from_numpy(np.stack([film.frames for film in films]))
+    sound = AudioCodec(cfg).encode(torch.from_numpy(np.stack([film.samples for film in films])))
+    video = VideoCodec(cfg).encode(frames)
+    still = frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1)      # the first frame fills one latent step
+    return join(video, sound), Controls(
+        torch.from_numpy(np.stack([film.symbols for film in films])),
+        torch.tensor([film.character for film in films]),
+        VideoCodec(cfg).encode(still), torch.ones(len(films), dtype=torch.bool))
+
+
+def drop_controls(cfg: Config, controls: Controls, rng: np.random.Generator) -> Controls:
+    """Each control of each film is unknown now and then, so that guidance and free babbling both work."""
+    keep = torch.from_numpy(rng.random((3, len(controls.character))) >= np.array([[0.35], [0.3], [0.5]]))
+    null = controls.dropped(cfg)
+    return Controls(torch.where(keep[0, :, None], controls.symbols, null.symbols),
+                    torch.where(keep[1], controls.character, null.character), controls.first, keep[2])
+
+
+def talker_batch(cfg: Config, seed: int, stage: int, step: int, batch: int, seconds: float):
+    """The batch of a training step, a function of its arguments alone, so that a run can be resumed
+    anywhere."""
+    frames = round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
+    films = [talk(cfg, np.random.default_rng([seed, stage, step, row]), frames) for row in range(batch)]
+    x, controls = encode_films(cfg, films)
+    return x, drop_controls(cfg, controls, np.random.default_rng([seed, stage, step]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop.
+
+class StageDefaults(NamedTuple):
+    """What a stage takes unless the command line says otherwise (our choice; the paper's: 5e-5 for 7B
+    weights)."""
+    steps: int
+    lr: float
+    ema: float
+
+
+STAGES = {"video": StageDefaults(500, 1e-3, 0.999), "audio": StageDefaults(600, 1e-3, 0.999),
+          "joint": StageDefaults(6000, 1e-3, 0.999), "mutual": StageDefaults(1200, 1e-4, 0.99)}
+TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.0, 1.5],
+        "save": 12}
+
+
+class TrainingError(Exception):
+    """Training cannot start or go on; the message says why in one line."""
+
+
+class State:
+    """All that a step changes. Saved and restored whole, so that 2 + 2 steps are 4 steps, bit for bit."""
+
+    def __init__(self, model: AudioVideoTransformer, stage: str, args):
+        self.stage, self.step = stage, 0
+        self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False)
+        needs_fake = stage == "mutual" and args.dmd > 0
+        self.fake = copy.deepcopy(args.real or model).requires_grad_(True) if needs_fake else None
+        self.optimizers = [
+            torch.optim.AdamW(net.parameters(), betas=(0.9, 0.95), weight_decay=0.02, fused=True)
+            for net in (self.model, self.fake) if net]
+
+    def networks(self) -> dict:
+        return {name: net for name in ("model", "ema", "fake") if (net := getattr(self, name))}
+
+    def save(self, path: Path, args) -> None:
+        save_file(path, {"format": FORMAT, "config": asdict(self.model.cfg), "settings": settings_of(args),
+                         "stage": self.stage, "step": self.step,
+                         "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                         **{name: net.state_dict() for name, net in self.networks().items()}})
+
+    def restore(self, content: dict) -> None:
+        self.step = content["step"]
+        for name, net in self.networks().items():
+            net.load_state_dict(content[name])
+        for optimizer, saved in zip(self.optimizers, content["optimizers"]):
+            optimizer.load_state_dict(saved)
+
+
+def settings_of(args) -> dict:
+    """The part of the command line that changes what is learned, as plain types."""
+    names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "shortcut", "dmd",
+             "guidance", "whole", "init", "teacher")
+    return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
+
+
+def learning_rate(step: int, steps: int, lr: float) -> float:
+    """Warm-up over 100 steps, a plateau, and a linear descent to a twentieth over the last quarter."""
+    return lr * min(1, (step + 1) / min(100, steps)) * min(1, 4 * (1 - step / steps) + 0.05)
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay: float) -> None:
+    """Move the slow copy of the weights toward the fast one."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+def losses_of(state: State, x: torch.Tensor, controls: Controls, args) -> tuple[dict, dict]:
+    """The losses of this step by term, and figures to log."""
+    steps = x.shape[1]
+    if state.stage == "mutual":
+        return mutual_forcing_loss(
+            state.model, x, controls, teacher=state.ema, real=args.real or state.ema, fake=state.fake,
+            history=args.history, shortcut=args.shortcut, dmd=args.dmd, guidance=args.guidance,
+            steps=8 if state.step % 4 == 3 else 4, score_chunk=steps if args.real_whole else None)
+    branches = (state.stage,) if state.stage in BRANCHES else BRANCHES
+    chunk = steps if args.whole else state.model.cfg.chunk
+    loss, logs = flow_matching_loss(state.model, x, None if args.whole else x, controls, chunk=chunk,
+                                    branches=branches)
+    return {"flow": loss}, logs
+
+
+def backward(state: State, losses: dict) -> dict[str, float]:
+    """Add up the gradients of all terms; returns their norms by term and branch."""
+    norms = {}
+    for term, loss in losses.items():
+        named = dict((state.fake if term == "fake" else state.model).named_parameters())
+        gradients = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        squares = dict.fromkeys(BRANCHES, 0.0)
+        for (name, weight), gradient in zip(named.items(), gradients):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+                squares["audio" if name.startswith("audio") else "video"] += gradient.square().sum()
+        norms |= {f"norm_{term}_{branch}": float(square) ** 0.5 for branch, square in squares.items()}
+    return norms
+
+
+def train_step(state: State, args) -> dict[str, float]:
+    """One step of the state's stage; returns the figures to log. Raises TrainingError if the loss is not
+    finite."""
+    cfg, index = state.model.cfg, list(STAGES).index(state.stage)
+    seconds = args.seconds[state.step % len(args.seconds)]             # clips of several lengths take turns
+    batch = max(1, round(args.batch * args.seconds[0] / seconds))      # at about equal cost
+    x, controls = talker_batch(cfg, args.seed, index, state.step, batch, seconds)
+    x, controls = x.to(args.device), Controls(*(c.to(args.device) for c in controls))
+    torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.fp32):
+        losses, logs = losses_of(state, x, controls, args)
+    if not all(loss.isfinite() for loss in losses.values()):
+        raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
+    logs |= backward(state, losses)
+    steps, lr = args.steps or STAGES[state.stage].steps, args.lr or STAGES[state.stage].lr
+    for optimizer in state.optimizers:
+        torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
+        optimizer.param_groups[0]["lr"] = learning_rate(state.step, steps, lr)
+        optimizer.step()
+        optimizer.zero_grad()
+    update_ema(state.ema, state.model, min(STAGES[state.stage].ema, (state.step + 1) / (state.step + 10)))
+    state.step += 1
+    return {"loss": sum(loss.item() for loss in losses.values()), **logs}
+
+
+@torch.no_grad()
+def write_strip(model: AudioVideoTransformer, path: Path) -> None:
+    """What the model makes now, a PNG: four talkers of 3 s, few-step mode, 4 evaluations, a frame a chunk."""
+    cfg = model.cfg
+    films = [talk(cfg, np.random.default_rng([0, len(STAGES), i]), 12 * cfg.chunk_frames) for i in range(4)]
+    _, controls = encode_films(cfg, films)
+    controls = Controls(*(c.to(model.no_first.device) for c in controls))
+    noise = torch.Generator().manual_seed(0)
+    chunks = generate(model, controls, 12, time_grid(4, cfg.shift), generator=noise)
+    frames = [VideoCodec(cfg).decode(split(cfg, states[-1])[0])[:, 0].cpu().numpy() for states in chunks]
+    strip = np.concatenate(np.concatenate(frames, 2), 0)  # films below each other, time to the right
+    iio.imwrite(path, strip.repeat(2, 0).repeat(2, 1))
+
+
+def train_stage(state: State, args) -> None:
+    """Train a stage from where its state is to its end, with a log line, checkpoints and filmstrips now and
+    then."""
+    steps, stop = args.steps or STAGES[state.stage].steps, []
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C ends after the step in progress
+    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=None)
+    try:
+        with open(args.out / "log.jsonl", "a", buffering=1) as log:
+            while state.step < steps and not stop:
+                began = time.perf_counter()
+                figures = train_step(state, args)
+                if state.step % args.log == 0 or state.step in (1, steps):
+                    figures |= {"seconds": time.perf_counter() - began}
+                    figures = {name: round(value, 5) for name, value in figures.items()}
+                    print(json.dumps({"stage": state.stage, "step": state.step} | figures), file=log)
+                bar.set_postfix(loss=f"{figures['loss']:.3f}")
+                bar.update()
+                if state.step % args.save == 0 or state.step == steps or stop:
+                    save_checkpoint(args.out / f"{state.stage}.pt", state.ema, {
+                        "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
+                    state.save(args.out / "resume.pt", args)
+                    if state.stage in ("joint", "mutual") and not args.whole:
+                        write_strip(state.ema, args.out / f"{state.stage}.png")
+    finally:
+        bar.close()
+        signal.signal(signal.SIGINT, before)
+    if stop:
+        raise KeyboardInterrupt
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Train Mutual Forcing on the synthetic talker.")
+    add = parser.add_argument
+    default = {name: ", ".join(f"{stage} {getattr(value, name)}" for stage, value in STAGES.items())
+               for name in ("steps", "lr")}
+    add("--stage", choices=(*STAGES, "all"), default="all")
+    add("--init", type=Path, help="checkpoint to start from")
+    add("--resume", action="store_true", help="go on from where the run in --out was interrupted")
+    add("--preset", choices=("tiny",), help="tiny: every stage in under three minutes, to see it all work")
+    add("--config", nargs="+", default=[], metavar="FIELD=N", help="sizes of a new model, see Config")
+    add("--steps", type=int, help=f"of each stage; default {default['steps']}")
+    add("--batch", type=int, default=8, help="clips of the first length in a step")
+    add("--seconds", type=float, nargs="+", default=[1.5, 1.5, 2.5], help="lengths of clips, taking turns")
+    add("--lr", type=float, help=f"learning rate; default {default['lr']}")
+    add("--history", choices=("real", "few"), default="few", help="stage 3: few = self-made")
+    add("--shortcut", type=float, default=2 / 3, help="stage 3: weight of ShortCut")
+    add("--dmd", type=float, default=1 / 3, help="stage 3: weight of DMD")
+    add("--guidance", type=float, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
+    add("--teacher", type=Path, help="stage 3: a frozen checkpoint as DMD's real score")
+    add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
+    add("--seed", type=int, default=0)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--fp32", action="store_true", help="no bf16: slower; for processors without it")
+    add("--log", type=int, default=20, help="steps between lines of log.jsonl")
+    add("--save", type=int, default=250, help="steps between checkpoints")
+    add("--out", type=Path, default=Path("runs/talker"), help="folder of checkpoints, log and filmstrips")
+    return parser
+
+
+def configure(args) -> Config:
+    """Apply the preset, check the arguments, load the teacher; returns the sizes of a new model."""
+    if args.preset == "tiny":
+        for name, value in TINY.items():
+            setattr(args, name, value)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise TrainingError("--device cuda: PyTorch sees no CUDA device here")
+    for name in ("steps", "batch", "lr", "log", "save"):
+        if getattr(args, name) is not None and getattr(args, name) <= 0:
+            raise TrainingError(f"--{name} must be more than 0")
+    if not 0 <= args.seed < 10 ** 6:
+        raise TrainingError("--seed must be between 0 and 999999")
+    fields = {}
+    for text in args.config:
+        name, _, value = text.partition("=")
+        if name not in Config.__dataclass_fields__ or not value.replace(".", "").isdigit():
+            known = ", ".join(Config.__dataclass_fields__)
+            raise TrainingError(f"--config {text}: not FIELD=NUMBER with a field of {known}")
+        fields[name] = float(value) if "." in value else int(value)
+    try:
+        cfg = Config(**fields)
+    except ValueError as error:
+        raise TrainingError(f"--config: {error}") from None
+    if min(args.seconds) < 2 * cfg.chunk_seconds or max(args.seconds) > cfg.clock / 2:
+        raise TrainingError(f"--seconds must be between {2 * cfg.chunk_seconds} and {cfg.clock / 2}")
+    args.real, args.real_whole = None, False
+    if args.teacher:
+        args.real, extra = load_checkpoint(args.teacher)
+        args.real.to(args.device)
+        args.real_whole = bool(extra.get("whole"))
+    return cfg
+
+
+def run(args) -> None:
+    """All that the command line asks for. Raises TrainingError, CheckpointError, OSError or
+    KeyboardInterrupt."""
+    cfg = configure(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    content = load_file(args.out / "resume.pt") if args.resume else None
+    if content and content["settings"] != settings_of(args):
+        changed = [name for name, new in settings_of(args).items() if content["settings"].get(name) != new]
+        raise TrainingError(f"--resume: this run was started with another --{', --'.join(changed)}")
+    torch.manual_seed(args.seed)
+    model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(
+        Config(**content["config"]) if content else cfg)
+    size = sum(weight.numel() for weight in model.parameters()) / 1e6
+    print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
+    for stage in stages:
+        if content and stages.index(stage) < stages.index(content["stage"]):
+            continue
+        state = State(model.to(args.device).train().requires_grad_(True), stage, args)
+        if content and stage == content["stage"]:
+            state.restore(content)
+        train_stage(state, args)
+        model = load_checkpoint(args.out / f"{stage}.pt")[0]  # the next stage starts from the EMA weights
+
+
+def main(argv=None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except (TrainingError, CheckpointError) as error:
+        good = sorted(args.out.glob("[!r]*.pt"), key=lambda path: path.stat().st_mtime)   # not resume.pt
+        print(f"train.py: {error}" + (f"; last good checkpoint: {good[-1]}" if good else ""), file=sys.stderr)
+    except OSError as error:
+        print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"interrupted; go on with --resume --out {args.out}", file=sys.stderr)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
