@@ -330,8 +330,8 @@ class Side(nn.Module):
 
     def project(self, x: Tensor, shift: Tensor, scale: Tensor, phases: Tensor) -> list[Tensor]:
         """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, S N, H, E)."""
-        x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
-        q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        x = self.qkv(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale))
+        q, k, v = x.flatten(1, 2).unflatten(-1, (3, self.heads, -1)).unbind(2)
         q = rotate(F.rms_norm(q, q.shape[-1:], self.q_gain.to(q.dtype)), phases)
         return [q, rotate(F.rms_norm(k, k.shape[-1:], self.k_gain.to(k.dtype)), phases), v]
 
@@ -552,11 +552,13 @@ class KVCache:
         self.window = cfg.window if window is None else window
         if not 1 <= self.window <= cfg.window:
             raise ValueError(f"window must be between 1 and {cfg.window} chunks, the most seen in training")
-        desk = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)
-        self.desk, self.first = desk, slice(desk, desk + cfg.video_tokens)
-        self.sink = slice(self.first.stop, self.first.stop + desk)
-        size = self.sink.stop + self.window * desk                     # the ring begins where the sink ends
-        self.k, self.v = torch.zeros(2, cfg.layers, batch, size, cfg.heads, cfg.head_dim, device=device)
+        self.desk = desk = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)
+        self.first = slice(desk, desk + cfg.video_tokens)
+        self.sink = slice(self.first.stop, self.first.stop + desk)     # and then the ring
+        device = torch.device(device or "cpu")
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        shape = (2, cfg.layers, batch, self.sink.stop + self.window * desk, cfg.heads, cfg.head_dim)
+        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.count = 0                                                 # chunks committed so far
 
     def attend(self, layer: int, parts: dict) -> dict[str, Tensor]:
@@ -564,7 +566,7 @@ class KVCache:
         q, k, v = (torch.cat(x, 1) for x in zip(*parts.values()))
         self.k[layer, :, :self.desk], self.v[layer, :, :self.desk] = k, v
         end = self.sink.stop + min(self.count, self.window) * self.desk if self.count else self.first.stop
-        seen = attention(q, self.k[layer, :, :end].to(q.dtype), self.v[layer, :, :end].to(q.dtype))
+        seen = attention(q, self.k[layer, :, :end], self.v[layer, :, :end])
         return dict(zip(parts, seen.split([part[0].shape[1] for part in parts.values()], 1)))
 
     def attend_first(self, layer: int, parts: dict) -> dict[str, Tensor]:
@@ -608,11 +610,10 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     is not; and if forced, the cache keeps the real chunks (teacher forcing).
     """
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
-    times = times.to(device)
+    times, one = times.to(device), torch.ones(1, 1, device=device)
     if guidance != 1:
         controls = Controls(*(torch.cat(pair) for pair in zip(controls, controls.dropped(cfg))))
     cache = model.start(controls, window)
-    one = torch.ones(1, 1, device=device)
     for index in range(chunks):
         mine = controls.chunk(cfg, index)
         x = torch.randn(b, cfg.chunk, cfg.step_values, generator=generator).to(device)
@@ -632,8 +633,8 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
                 states[1] = torch.where(led[:, None, None], add_noise(truth, x, times[1]), states[1])
             states = states[:1] + denoise(predict, states[1], times[1:], few)
         yield states
-        done = truth if forced else states[-1]
-        model.step(done.repeat(2 if guidance != 1 else 1, 1, 1), one, 0 * one, mine, cache)
+        done = (truth if forced else states[-1]).repeat(2 if guidance != 1 else 1, 1, 1)
+        model.step(done, one, 0 * one, mine, cache)
         cache.commit()
 
 
@@ -681,14 +682,13 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
     controls = film_controls(cfg, chunks, transcript, character, first_frame)
     controls = Controls(*(x.to(model.no_first.device) for x in controls))
-    video_codec, audio_codec, tail = VideoCodec(cfg), AudioCodec(cfg), None
-    rest = frames * cfg.sample_rate // cfg.fps
+    codecs, tail, rest = (VideoCodec(cfg), AudioCodec(cfg)), None, frames * cfg.sample_rate // cfg.fps
     for states in generate(model, controls, chunks, time_grid(steps, cfg.shift), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
         video, audio = split(cfg, states[-1])
         early = cfg.hop if tail is None else 0                         # before the film's first sample
-        samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
-        picture = video_codec.decode(video)[0, :frames].cpu().numpy()
+        samples, tail = codecs[1].decode_next(audio.reshape(1, -1, cfg.hop), tail)
+        picture = codecs[0].decode(video)[0, :frames].cpu().numpy()
         frames -= len(picture)
         samples = torch.cat([samples[0, early:], tail[0][:0 if frames else None]])[:rest].cpu().numpy()
         rest -= len(samples)

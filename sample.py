@@ -373,8 +373,8 @@ class FilmWriter:
                 imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", self.path / "video.mp4",
                 "-i", self.path / "sound.wav", "-c:v", "copy", "-c:a", "aac", "-ar", "48000",
                 "-movflags", "+faststart", result], capture_output=True, text=True)
-            if mux.returncode or not result.exists():
-                raise OSError(f"ffmpeg could not write the film: {mux.stderr.strip()[-200:]}")
+            if mux.returncode or imageio_ffmpeg.count_frames_and_secs(str(result))[0] != self.frames:
+                raise OSError(f"ffmpeg could not write the whole film {mux.stderr.strip()[-200:]}")
         if self.kind == ".png":
             iio.imwrite(result, filmstrip(self.stills, self.cfg, transcript))
         os.replace(result, self.out)
@@ -385,8 +385,8 @@ class FilmWriter:
             try:
                 if part:
                     part.close()
-            except OSError:
-                pass
+            except (OSError, soundfile.SoundFileError):
+                pass                                       # it was in trouble already, and that has been said
         self.folder.cleanup()
 
 
@@ -581,8 +581,8 @@ def main(argv=None) -> int:
         return run(args)
     except (UserError, CheckpointError, ValueError) as error:
         message = str(error)
-    except OSError as error:
-        message = f"cannot write: {error.strerror or error}"
+    except (OSError, soundfile.SoundFileError) as error:
+        message = f"cannot write: {getattr(error, 'strerror', None) or error}"
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
