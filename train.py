@@ -316,7 +316,7 @@ class StageDefaults(NamedTuple):
 
 
 STAGES = {"video": StageDefaults(500, 1e-3, 0.999), "audio": StageDefaults(600, 1e-3, 0.999),
-          "joint": StageDefaults(6000, 1e-3, 0.999), "mutual": StageDefaults(1200, 1e-4, 0.99)}
+          "joint": StageDefaults(6000, 1e-3, 0.999), "mutual": StageDefaults(300, 1e-4, 0.99)}
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.0, 1.5],
         "save": 12}
 
