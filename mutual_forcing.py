@@ -259,9 +259,8 @@ class StepEmbedding(nn.Module):
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S) and character (B,) -> (B, S, D)."""
-        far, near = self.size[:2](sinusoid(d)), self.size[:2](sinusoid(torch.zeros_like(d)))
-        large = self.size[2]((far - near) * (d > 0)[..., None])  # rounding alone would train it at d = 0
-        return F.silu(self.time(sinusoid(t)) + large + self.character(character)[:, None])
+        far, near = (self.size[:2](sinusoid(x)) for x in (d, torch.zeros_like(d)))  # same shape and rounding
+        return F.silu(self.time(sinusoid(t)) + self.size[2](far - near) + self.character(character)[:, None])
 
 
 class TextEmbedding(nn.Module):
@@ -682,13 +681,14 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
     controls = film_controls(cfg, chunks, transcript, character, first_frame)
     controls = Controls(*(x.to(model.no_first.device) for x in controls))
-    codecs, tail, rest = (VideoCodec(cfg), AudioCodec(cfg)), None, frames * cfg.sample_rate // cfg.fps
+    video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
+    tail, rest = None, frames * cfg.sample_rate // cfg.fps             # the hop to come, the samples to come
     for states in generate(model, controls, chunks, time_grid(steps, cfg.shift), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
         video, audio = split(cfg, states[-1])
         early = cfg.hop if tail is None else 0                         # before the film's first sample
-        samples, tail = codecs[1].decode_next(audio.reshape(1, -1, cfg.hop), tail)
-        picture = codecs[0].decode(video)[0, :frames].cpu().numpy()
+        samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
+        picture = video_codec.decode(video)[0, :frames].cpu().numpy()
         frames -= len(picture)
         samples = torch.cat([samples[0, early:], tail[0][:0 if frames else None]])[:rest].cpu().numpy()
         rest -= len(samples)
