@@ -447,7 +447,8 @@ def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
         losses, _ = train.losses_of(state, x, controls, args)
         before = [copy.deepcopy(net.state_dict()) for net in (state.model, state.fake)]
         train.backward(state, losses)
-        state.optimizers[moving].step()
+        for optimizer in state.optimizers[2 * moving:2 * moving + 2]:  # Muon and AdamW of one network
+            optimizer.step()
         still = [all(torch.equal(net.state_dict()[k], v) for k, v in old.items())
                  for net, old in zip((state.model, state.fake), before)]
         assert still == [moving == 1, moving == 0]
