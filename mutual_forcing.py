@@ -10,9 +10,6 @@ history, and the multi-step mode learns the real chunk given that history. Then 
 teaches the few-step mode, by ShortCut (a step lands where two half steps do) and DMD (distribution matching).
 So each mode makes the other better, and no bidirectional teacher is needed.
 
-Reading order: conventions and Config, codecs, noise schedules, transformer, its two forms (parallel with a
-mask, streaming with a cache), the denoising loop and the sampler, the objectives, checkpoints.
-
 Axes                                          Symbols
   B  films in a batch                           x    clean latents          x_t  noised latents
   S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
@@ -42,8 +39,7 @@ SILENCE = 26
 @dataclass(frozen=True)
 class Config:
     """Every size of the method. Stored in checkpoints as a plain dict; the scripts override fields by name.
-    The paper has 7B parameters a branch behind pretrained VAEs; the sizes here are our choice: one laptop.
-    """
+    The paper has 7B parameters a branch behind pretrained VAEs; the sizes here are our choice: one laptop."""
     width: int = 192             # D, values of a token
     layers: int = 6              # blocks, each with a video and an audio side
     heads: int = 3               # H, heads of the joint self-attention
@@ -139,8 +135,7 @@ class AudioCodec:
         return torch.cat([samples[:, self.cfg.hop:], tail], 1)
 
     def decode_next(self, tokens: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, n, hop) -> samples (B, n hop), one hop late; the tail (B, hop), for the next call or the
-        end."""
+        """(B, n, hop) -> samples (B, n hop), one hop late, and the tail (B, hop) for the next call."""
         m, b = self.cfg.hop, tokens.shape[0]
         halves = self.expand(tokens) @ self.basis.T.to(tokens.device)  # (B, n, 2 hop)
         tail = halves.new_zeros(b, m) if tail is None else tail
@@ -188,32 +183,35 @@ def warp(u, shift: float = 4.0):
 
 
 def time_grid(steps: int, shift: float = 4.0) -> Tensor:
-    """Warped times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1)."""
+    """Warped times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, 1)."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return warp(torch.linspace(0, 1, steps + 1), shift)[:, None, None]
+    return warp(torch.linspace(0, 1, steps + 1), shift)[:, None, None, None]
 
 
-def draw_times(x: Tensor, chunk: int, shift: float = 4.0) -> Tensor:
-    """A training time for each chunk of x (B, S, E), as one of each latent step (B, S): logit-normal, and
-    warped, so that training is dense where the grids are (our choice)."""
-    u = torch.sigmoid(1.2 * torch.randn(x.shape[0], x.shape[1] // chunk))
-    return warp(u, shift).repeat_interleave(chunk, 1).to(x.device)
+def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
+    """A time for each chunk and branch of x (B, S, E), as one of each value (B, S, E): logit-normal, warped
+    like the grids, and in half of the chunks one for both branches, as in sampling. In the others each has
+    its own, so that either learns to follow the other (our choice: a mixture of noise levels)."""
+    u = torch.sigmoid(1.2 * torch.randn(2, x.shape[0], x.shape[1] // chunk))
+    u[1] = torch.where(torch.rand(u.shape[1:]) < 0.5, *u)
+    t = warp(u, cfg.shift).repeat_interleave(chunk, 2).movedim(0, -1)  # (B, S, 2)
+    return t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1).to(x.device)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) noise + t x, for x, noise (B, S, E) and t (B, S)."""
-    return torch.lerp(noise, x, t[..., None])
+    """x_t = (1 - t) noise + t x, for x, noise (B, S, E) and t (B, S, E or 1)."""
+    return torch.lerp(noise, x, t)
 
 
 def velocity(x_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """u = (x_hat - x_t) / (1 - t), as the losses weigh it: with the clamp."""
-    return (x_hat - x_t) / (1 - t[..., None]).clamp(min=MIN_REST)
+    return (x_hat - x_t) / (1 - t).clamp(min=MIN_REST)
 
 
 def displacement(x_hat: Tensor, x_t: Tensor, t: Tensor, d: Tensor) -> Tensor:
     """d u, as the sampler moves: without the clamp, so that a last step (d = 1 - t) lands on x_hat."""
-    return (x_hat - x_t) * (d / (1 - t))[..., None]
+    return (x_hat - x_t) * (d / (1 - t))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,8 +245,7 @@ def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
 class StepEmbedding(nn.Module):
     """Time t and step size d of each latent step, and the character -> the vector that modulates its tokens.
     d enters as f(d) - f(0) through a last layer without bias that starts at zero: exactly nothing at d = 0,
-    and nothing at all before stage 3, so that the few-step mode starts as plain Euler (our choice).
-    """
+    and nothing at all before stage 3, so that the few-step mode starts as plain Euler (our choice)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -268,17 +265,18 @@ class TextEmbedding(nn.Module):
     A frame sees the symbols of cfg.margin frames before and after it: mouths move before a letter sounds.
     """
 
-    def __init__(self, cfg: Config, instants: int):
+    def __init__(self, cfg: Config, tokens: int, instants: int):
         super().__init__()
-        self.instants, self.frames = instants, cfg.step_frames         # of a latent step
+        self.frames, self.instants, self.tokens = cfg.step_frames, instants, tokens    # of a latent step
         self.embed = nn.Embedding(cfg.symbols + 1, 64)
         self.near = nn.Conv1d(64, cfg.width, 2 * cfg.margin + 1)
         self.out = nn.Linear(cfg.step_frames * cfg.width, instants * cfg.width)
 
     def forward(self, symbols: Tensor) -> Tensor:
-        """(B, margin + F + margin) -> (B, S, instants, D)."""
+        """(B, margin + F + margin) -> (B, S, N, D); the tokens of an instant share theirs."""
         x = F.silu(self.near(self.embed(symbols).transpose(1, 2))).transpose(1, 2)            # (B, F, D)
-        return self.out(x.unflatten(1, (-1, self.frames)).flatten(2)).unflatten(-1, (self.instants, -1))
+        x = self.out(x.unflatten(1, (-1, self.frames)).flatten(2)).unflatten(-1, (self.instants, -1))
+        return x.repeat_interleave(self.tokens // self.instants, 2)
 
 
 def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
@@ -296,10 +294,15 @@ def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
     return tuple(torch.polar(torch.ones_like(angle), angle).cfloat() for angle in (time, place))
 
 
-def rotate(x: Tensor, phases: Tensor) -> Tensor:
-    """Turn the pairs of queries or keys (B, n, H, E) by phases (n, E / 2), complex."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * phases[:, None]).flatten(-2).to(x.dtype)
+def rotate(x: Tensor, gain: Tensor, phases: Tensor) -> Tensor:
+    """Scale queries and keys (B, n, 2, H, E) by gain (2, 1, E); turn their pairs by phases (n, E / 2)."""
+    pairs = torch.view_as_complex((x.float() * gain).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * phases[:, None, None]).flatten(-2).to(x.dtype)
+
+
+def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm, modulated: tokens x (B, S, N, D), shift and scale (B, S or 1, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -327,18 +330,17 @@ class Side(nn.Module):
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
         self.offset = nn.Parameter(torch.zeros(6, 1, d))               # this block's own modulation
 
-    def project(self, x: Tensor, shift: Tensor, scale: Tensor, phases: Tensor) -> list[Tensor]:
+    def project(self, x: Tensor, change, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, S N, H, E)."""
-        x = self.qkv(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale))
-        q, k, v = x.flatten(1, 2).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q = rotate(F.rms_norm(q, q.shape[-1:], self.q_gain.to(q.dtype)), phases)
-        return [q, rotate(F.rms_norm(k, k.shape[-1:], self.k_gain.to(k.dtype)), phases), v]
+        x = self.qkv(normalise(x, *change[:2])).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
+        gain = torch.stack([self.q_gain, self.k_gain])[:, None]
+        q, k = rotate(F.rms_norm(x[:, :, :2], x.shape[-1:]), gain, phases).unbind(2)
+        return q, k, x[:, :, 2]
 
-    def finish(self, x: Tensor, seen: Tensor, gate, shift, scale, gate2) -> Tensor:
+    def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
         """Tokens x (B, S, N, D) and what they saw (B, S N, D) -> tokens after this block."""
-        x = torch.addcmul(x, gate, self.out(seen).view(x.shape))
-        h = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
-        return torch.addcmul(x, gate2, self.feed(h))
+        x = torch.addcmul(x, change[2], self.out(seen).view(x.shape))
+        return torch.addcmul(x, change[5], self.feed(normalise(x, *change[3:5])))
 
 
 class Branch(nn.Module):
@@ -348,7 +350,7 @@ class Branch(nn.Module):
         super().__init__()
         d = cfg.width
         self.embed = nn.Linear(values, d)
-        self.text = TextEmbedding(cfg, instants)                       # the tokens of an instant share theirs
+        self.text = TextEmbedding(cfg, tokens, instants)
         self.place = nn.Parameter(0.02 * torch.randn(tokens, d))
         self.step = StepEmbedding(cfg)
         self.modulation = nn.Linear(d, 6 * d)                          # shared by the blocks
@@ -360,17 +362,21 @@ class Branch(nn.Module):
             nn.init.zeros_(layer.bias)
         nn.init.zeros_(self.step.size[-1].weight)
 
-    def predict(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens (B, S, N, D) and condition (B, S, D) -> clean values (B, S, N, values)."""
-        shift, scale = self.head_modulation(condition)[:, :, None].chunk(2, -1)
-        return self.head(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale))
+    def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
+        """t, d (B, S), character (B,) -> for each block the shift, scale and gate of attention and then those
+        of the feed-forward; last the shift and scale of the head. Each (B, S, 1, D)."""
+        condition = self.step(t, d, character)[:, :, None]
+        shared, head = self.modulation(condition), self.head_modulation(condition)
+        changes = [(shared.unflatten(-1, (6, -1)) + side.offset[:, 0]).unbind(-2) for side in self.sides]
+        return [[x + (i % 3 == 1) for i, x in enumerate(change)] for change in (*changes, head.chunk(2, -1))]
+
 
 
 class Part(NamedTuple):
     """Tokens of one branch on their way through the trunk."""
     branch: Branch
     tokens: Tensor        # (B, S, N, D)
-    condition: Tensor     # (B, S, D), from t, d and the character
+    changes: list         # what Branch.modulate() made of t, d and the character
     phases: Tensor        # (S N, head_dim / 2), rotary
 
 
@@ -399,38 +405,37 @@ class AudioVideoTransformer(nn.Module):
         audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
         return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
 
-    def parts(self, z: Tensor, t: Tensor, d: Tensor, steps: Tensor, controls: Controls, branches) -> dict:
-        """Latent steps z (B, k S, E), k times the same stretch of film, at t, d (B, k S) and steps (k S,)."""
-        parts = {}
-        for name, values, phases in zip(BRANCHES, split(self.cfg, z), self.phases(steps)):
-            if name in branches:
-                branch = getattr(self, name)
-                text = branch.text(controls.symbols)                   # (B, S, instants, D)
-                stretches, share = z.shape[1] // text.shape[1], values.shape[2] // text.shape[2]
-                text = text.repeat(1, stretches, 1, 1).repeat_interleave(share, 2)
-                condition = branch.step(t, d, controls.character)
-                parts[name] = Part(branch, branch.embed(values) + branch.place + text, condition, phases)
-        return parts
+    def modulate(self, t: Tensor, d: Tensor, controls: Controls, branches=BRANCHES) -> dict:
+        """All that t, d (B, S, E or 1) and the character decide, by branch; the same for every chunk."""
+        return {n: getattr(self, n).modulate(t[..., i], d[..., i], controls.character)
+                for n, i in zip(BRANCHES, (0, -1)) if n in branches}
+
+    def text(self, controls: Controls, branches=BRANCHES) -> dict:
+        """What transcript and place add to the tokens, by branch; the same for all evaluations of a chunk."""
+        return {n: getattr(self, n).text(controls.symbols) + getattr(self, n).place for n in branches}
+
+    def parts(self, z: Tensor, steps: Tensor, changes: dict, text: dict) -> dict[str, Part]:
+        """Latent steps z (B, S, E), at steps (S,) of the film, with their modulation and their text."""
+        inputs = zip(BRANCHES, split(self.cfg, z), self.phases(steps))
+        return {n: Part(getattr(self, n), getattr(self, n).embed(values) + text[n], changes[n], phases)
+                for n, values, phases in inputs if n in text}
 
     def first(self, controls: Controls) -> Part:
         """The first frame, or what stands in for it: one clean, timeless latent step of video."""
-        given = controls.has_first[:, None, None, None]
-        tokens = torch.where(given, self.video.embed(controls.first), self.no_first) + self.video.place
+        first = self.video.embed(controls.first)
+        tokens = torch.where(controls.has_first[:, None, None, None], first, self.no_first) + self.video.place
         one = torch.ones(len(tokens), 1, device=tokens.device)
-        condition = self.video.step(one, 0 * one, controls.character)
-        return Part(self.video, tokens, condition, torch.cat([0 * self.place, self.place], -1))
+        changes = self.video.modulate(one, 0 * one, controls.character)
+        return Part(self.video, tokens, changes, torch.cat([0 * self.place, self.place], -1))
 
     def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
         """All blocks. attend(layer, {name: (q, k, v)}) -> {name: seen} is what the two forms differ in."""
         tokens = {n: part.tokens for n, part in parts.items()}
-        shared = {n: part.branch.modulation(part.condition).unflatten(-1, (6, 1, -1)).movedim(2, 0)
-                  for n, part in parts.items()}                        # (6, B, S, 1, D)
         for layer in range(self.cfg.layers):
-            sides = {n: part.branch.sides[layer] for n, part in parts.items()}
-            change = {n: (shared[n] + side.offset[:, None, None]).unbind(0) for n, side in sides.items()}
-            seen = attend(layer, {n: side.project(tokens[n], *change[n][:2], parts[n].phases)
-                                  for n, side in sides.items()})
-            tokens = {n: side.finish(tokens[n], seen[n], *change[n][2:]) for n, side in sides.items()}
+            sides = {n: (part.branch.sides[layer], part.changes[layer]) for n, part in parts.items()}
+            seen = attend(layer, {n: side.project(tokens[n], change, parts[n].phases)
+                                  for n, (side, change) in sides.items()})
+            tokens = {n: side.finish(tokens[n], seen[n], change) for n, (side, change) in sides.items()}
         return tokens
 
     def predict(self, parts: dict[str, Part], tokens: dict[str, Tensor], s: int) -> Tensor:
@@ -438,40 +443,39 @@ class AudioVideoTransformer(nn.Module):
         empty = self.place.real.new_zeros(len(next(iter(tokens.values()))), s, self.cfg.step_values)
         out = dict(zip(BRANCHES, cut_branches(self.cfg, empty)))
         for n in set(BRANCHES) & set(parts):
-            values = parts[n].branch.predict(tokens[n][:, -s:], parts[n].condition[:, -s:])
-            out[n] = values.float().flatten(2)
+            change = (x[:, -s:] for x in parts[n].changes[-1])
+            out[n] = parts[n].branch.head(normalise(tokens[n][:, -s:], *change)).float().flatten(2)
         return torch.cat(list(out.values()), -1)
 
     def forward(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None = None,
                 chunk: int | None = None, branches=BRANCHES) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
 
-        x_t (B, S, E) with t, d (B, S) and clean history (B, S, E), or None if a chunk sees only itself ->
-        x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a bidirectional model).
-        branches: one alone is the unimodal model of stage 1.
+        x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only
+        itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a bidirectional
+        model). branches: one alone is the unimodal model of stage 1.
         """
         cfg, (b, s) = self.cfg, x_t.shape[:2]
         chunk = chunk or cfg.chunk
         assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
         assert controls.symbols.shape == (b, s * cfg.step_frames + 2 * cfg.margin), controls.symbols.shape
-        steps = torch.arange(s, device=x_t.device)
+        steps, t, d = torch.arange(s, device=x_t.device), t.expand(b, s, -1), d.expand(b, s, -1)
         if history is not None:                                        # [history at t = 1, d = 0 | noisy]
             x_t, steps = torch.cat([history, x_t], 1), torch.cat([steps, steps])
             t, d = torch.cat([torch.ones_like(t), t], 1), torch.cat([torch.zeros_like(d), d], 1)
-        parts = self.parts(x_t, t, d, steps, controls, branches)
+        text = {n: x.repeat(1, len(steps) // s, 1, 1) for n, x in self.text(controls, branches).items()}
+        parts = self.parts(x_t, steps, self.modulate(t, d, controls, branches), text)
         if "video" in branches:
             parts["first"] = self.first(controls)
         band = Band(cfg.window if history is not None else 0, s // chunk, parts, x_t.device)
         return self.predict(parts, self.trunk(parts, band), s)
 
     @torch.no_grad()
-    def step(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, cache: "KVCache") -> Tensor:
-        """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) at t, d (1 or B, 1) -> x_hat.
-        controls are this chunk's own (Controls.chunk). The cache is read; cache.commit() keeps the chunk.
-        """
-        b, s = x_t.shape[:2]
-        steps = cache.count * s + torch.arange(s, device=x_t.device)
-        parts = self.parts(x_t, t.expand(b, s), d.expand(b, s), steps, controls, BRANCHES)
+    def step(self, x_t: Tensor, changes: dict, text: dict, cache: "KVCache") -> Tensor:
+        """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) -> x_hat, with changes from
+        modulate() and text from text(Controls.chunk). The cache is read; commit() keeps the chunk."""
+        s = x_t.shape[1]
+        parts = self.parts(x_t, cache.count * s + torch.arange(s, device=x_t.device), changes, text)
         return self.predict(parts, self.trunk(parts, cache.attend), s)
 
     @torch.no_grad()
@@ -587,53 +591,47 @@ class KVCache:
 # ------------------------------------------------------------------------------------------------------------
 # The denoising loop and the streaming sampler.
 
-def denoise(predict, x: Tensor, times: Tensor, few: bool) -> list[Tensor]:
-    """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
-    t, d) -> x_hat; times (K + 1, 1 or B, 1 or S), not falling. Few-step mode tells the network the size of
-    its step, multi-step mode asks for the instantaneous velocity (d = 0).
+def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
+    """The one denoising loop: from x at times[0] to times[-1], not falling; returns the state at every time.
+    predict(x_t, k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E).
     """
     states = [x]
-    for t, d in zip(times, times.diff(dim=0)):
-        x = x + displacement(predict(x, t, d if few else torch.zeros_like(d)), x, t, d)
+    for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):
+        x = x + displacement(predict(x, k), x, t, d)
         states.append(x)
     return states
 
 
 def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool = True,
              guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
-             real: Tensor | None = None, given: int = 0, led: Tensor | None = None, forced: bool = False):
-    """Make a film through the cache; a generator that yields the states (see denoise) of each chunk.
+             real: Tensor | None = None, given: int = 0, forced: bool = False):
+    """Make a film through the cache; a generator that yields the states (see denoise) of each chunk. Few-step
+    mode tells the network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0).
     controls.symbols cover all chunks. guidance > 1 runs a second, uncontrolled cache in the same batch.
-    Training gives real (B, S, E): its first `given` chunks stand as they are; films of led (B,) bool trade
-    pure noise for the noised real chunk after one step, so that their errors are their own but their content
-    is not; and if forced, the cache keeps the real chunks (teacher forcing).
+    Training gives real (B, S, E): its first `given` chunks stand as they are; the others begin from it,
+    noised to times[0] (nothing of it where that is 0); if forced, the cache keeps it (teacher forcing).
     """
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
-    times, one = times.to(device), torch.ones(1, 1, device=device)
+    times, rows = times.to(device), 1 if guidance == 1 else 2
     if guidance != 1:
         controls = Controls(*(torch.cat(pair) for pair in zip(controls, controls.dropped(cfg))))
     cache = model.start(controls, window)
+    sizes = torch.cat([times.diff(dim=0) * few, 0 * times[:1]])        # and at last, at t = 1, the commit
+    *changes, clean = [model.modulate(*moment, controls) for moment in zip(times, sizes)]
     for index in range(chunks):
-        mine = controls.chunk(cfg, index)
+        text = model.text(controls.chunk(cfg, index))
         x = torch.randn(b, cfg.chunk, cfg.step_values, generator=generator).to(device)
-        truth = None if real is None else real.unflatten(1, (-1, cfg.chunk))[:, index]
+        if real is not None:
+            truth = real.unflatten(1, (-1, cfg.chunk))[:, index]
+            x = add_noise(truth, x, times[0])
 
-        def predict(x_t, t, d):
-            if guidance == 1:
-                return model.step(x_t, t, d, mine, cache)
-            x_hat, null = model.step(torch.cat([x_t, x_t]), t, d, mine, cache).chunk(2)
-            return null + guidance * (x_hat - null)
+        def predict(x_t, k):
+            x_hat, *null = model.step(x_t.repeat(rows, 1, 1), changes[k], text, cache).chunk(rows)
+            return torch.lerp(null[0], x_hat, guidance) if null else x_hat
 
-        if index < given:
-            states = [truth] * len(times)
-        else:
-            states = denoise(predict, x, times[:2], few)
-            if led is not None:
-                states[1] = torch.where(led[:, None, None], add_noise(truth, x, times[1]), states[1])
-            states = states[:1] + denoise(predict, states[1], times[1:], few)
+        states = [truth] * len(times) if index < given else denoise(predict, x, times)
         yield states
-        done = (truth if forced else states[-1]).repeat(2 if guidance != 1 else 1, 1, 1)
-        model.step(done, one, 0 * one, mine, cache)
+        model.step((truth if forced else states[-1]).repeat(rows, 1, 1), clean, text, cache)
         cache.commit()
 
 
@@ -707,12 +705,12 @@ def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, made=No
 
 def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None,
            guidance: Tensor | float, chunk: int | None = None) -> Tensor:
-    """Parallel x_hat, away from the uncontrolled one; guidance is a number, or one a latent step (B, S)."""
+    """Parallel x_hat, away from the uncontrolled one; guidance: a number, or one a latent step (B, S, 1)."""
     x_hat = model(x_t, t, d, controls, history, chunk)
     if isinstance(guidance, float) and guidance == 1:
         return x_hat
     null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
-    return torch.lerp(null, x_hat, torch.as_tensor(guidance, device=x_t.device).expand(t.shape)[..., None])
+    return torch.lerp(null, x_hat, torch.as_tensor(guidance, device=x_t.device))
 
 
 def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Controls, *, made=None,
@@ -722,15 +720,15 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
     branch, and by noise level (between the times of a grid of 4, noise first).
     """
     cfg = model.cfg
-    t = draw_times(x, chunk or cfg.chunk, cfg.shift)
+    t = draw_times(cfg, x, chunk or cfg.chunk)
     x_t = add_noise(x, torch.randn_like(x), t)
     x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches)
     error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
     loss, logs = mean_error("flow", cfg, error, branches, made)
-    level = torch.bucketize(t, time_grid(4, cfg.shift).flatten()[1:4].to(t.device))
-    for i in level.unique().tolist():
-        some = mean_error("flow", cfg, error.detach()[level == i][None], branches)[1]
-        logs |= {f"{name}_level{i}": value for name, value in some.items()}
+    level = torch.bucketize(t[..., [0, -1]], time_grid(4, cfg.shift).flatten()[1:4].to(t.device))
+    parts = zip(BRANCHES, cut_branches(cfg, error.detach()), level.unbind(-1))
+    logs |= {f"flow_{name}_level{i}": part[at == i].mean().item()
+             for name, part, at in parts if name in branches for i in at.unique().tolist()}
     return loss, logs
 
 
@@ -745,14 +743,15 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     cut = torch.tensor(parts)[torch.randint(len(parts), (b, s // cfg.chunk))]                  # (B, C)
     begin = (torch.rand(cut.shape) * cut).floor() / cut
     times = torch.stack([warp(begin + half / cut, cfg.shift) for half in (0, 0.5, 1)])         # (3, B, C)
-    times, longer = (v.to(x.device).repeat_interleave(cfg.chunk, -1) for v in (times, cut < max(parts)))
-    scale = 1.0 if guidance == 1 else torch.where(longer, 1.0, guidance)
+    times, longer = (v.repeat_interleave(cfg.chunk, -1)[..., None].to(x) for v in (times, cut < max(parts)))
+    scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
     with torch.no_grad():
-        end = denoise(lambda x, t, d: guided(teacher, x, t, d * longer, controls, history, scale),
-                      x_t, times, few=True)[-1]
+        sizes = times.diff(dim=0) * longer
+        end = denoise(lambda x, k: guided(teacher, x, times[k], sizes[k], controls, history, scale), x_t,
+                      times)[-1]
         t, d = times[0], times[2] - times[0]
-        target = x_t + (end - x_t) * ((1 - t) / d)[..., None]          # the x_hat whose step d lands on end
+        target = x_t + (end - x_t) * (1 - t) / d                      # the x_hat whose step d lands on end
     x_hat = model(x_t, t, d, controls, history)
     return mean_error("shortcut", cfg, (x_hat - target).square())
 
@@ -760,19 +759,19 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
 def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *, real, fake, times: Tensor,
              made: Tensor, guidance: float = 1.0, chunk: int | None = None) -> tuple[Tensor, dict]:
     """Move the few-step sampler's films toward the real score, away from their own score (DMD, section 3.3).
-    states: all states of the sampler on times (K + 1, 1, 1), made on the history without gradient; made (S,)
-    says which latent steps are its own. One step k is drawn and taken again with gradient, at the sampler's
+    states: all states of the sampler on times, made on the history without gradient; made (S,) says which
+    latent steps are its own. One step k is drawn and taken again with gradient, at the sampler's
     own d_k, so that every step it takes is trained and no other (our choice). chunk: None, or the whole clip,
     with which both scores are bidirectional and see no history (Self-Forcing's teacher).
     """
-    cfg, (b, s) = model.cfg, states[0].shape[:2]
+    cfg = model.cfg
     chunk, seen = (cfg.chunk, history) if chunk is None else (chunk, None)
     k = int(torch.randint(len(times) - 1, ()))
-    t, d = (x.to(states[0]).expand(b, s) for x in (times[k], times[k + 1] - times[k]))
+    t, d = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k]))
     moved = displacement(model(states[k], t, d, controls, history), states[k], t, d)
     x_hat = states[-1] + moved - moved.detach()
     with torch.no_grad():
-        t = draw_times(x_hat, chunk, cfg.shift)
+        t = draw_times(cfg, x_hat, chunk)
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
         x_real = guided(real, x_t, t, torch.zeros_like(t), controls, seen, guidance, chunk)
         x_fake = fake(x_t, t, torch.zeros_like(t), controls, seen, chunk)
@@ -784,15 +783,14 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
 
 
-def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str, led: Tensor | None = None):
+def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache without gradient:
     all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one to
-    three real chunks, so that the film belongs to the clip; "real": teacher forcing. led: see generate() (our
-    choice: a history that wanders makes the real next chunk an unfair target).
+    three real chunks, so that the film belongs to the clip; "real": teacher forcing. times: see generate().
     """
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
     given = min(int(torch.randint(1, 4, ())), chunks - 1) if history == "few" else 0
-    made = generate(model, controls, chunks, times, real=x, given=given, led=led, forced=history == "real")
+    made = generate(model, controls, chunks, times, real=x, given=given, forced=history == "real")
     own = torch.arange(x.shape[1], device=x.device) >= given * c
     return [torch.cat(state, 1) for state in zip(*made)], own
 
@@ -813,12 +811,14 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
             for i, name in enumerate(weights)}
     said = {name: Controls(*(c[r] for c in controls)) for name, r in rows.items()}
 
-    # 1. The few-step mode rolls out the history, without gradient. Only for DMD is it entirely its own.
+    # 1. The few-step mode rolls out the history, without gradient. DMD's films are all its own. The others
+    #    begin each chunk from the real one, noised to a time of the grid: so the errors are the model's own,
+    #    the content is the clip's (our choice: a history that wanders makes the real chunk an unfair target).
     past = {name: x[r] for name, r in rows.items()}
     if history == "few":
-        led = torch.ones(b, dtype=torch.bool, device=x.device)
-        led[rows.get("dmd", [])] = False
-        states, made = rollout(model, x, controls, times, "few", led)
+        begin = times[torch.randint(1, steps, (b,)) if steps > 1 else [0] * b].squeeze(1)  # (B, 1, 1)
+        begin[rows.get("dmd", [])] = 0
+        states, made = rollout(model, x, controls, torch.maximum(times, begin), "few")
         past = {name: states[-1][r] for name, r in rows.items()}
 
     # 2. The multi-step mode learns the real chunk, given that history.

@@ -50,9 +50,16 @@ def some_clip(cfg=TINY, b=2, chunks=6):
 
 
 def times_of(x, cfg=TINY):
-    """A time and a step size for each chunk, as ones of each latent step (B, S)."""
-    t = torch.rand(x.shape[0], x.shape[1] // cfg.chunk, dtype=x.dtype).repeat_interleave(cfg.chunk, 1)
-    return t, (1 - t) * torch.rand_like(t[:, :1])
+    """A time for each chunk and branch, as one of each value, and a step size (B, S, E)."""
+    t = torch.rand(x.shape[0], x.shape[1] // cfg.chunk, 2, dtype=x.dtype).repeat_interleave(cfg.chunk, 1)
+    t = t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1)
+    return t, (1 - t) * torch.rand_like(t[:, :1, :1])
+
+
+def step_of(model, x, t, d, controls, cache):
+    """One evaluation in the streaming form, at t and d, numbers or tensors (1 or B, 1, 1 or E)."""
+    t, d = (torch.as_tensor(v).reshape(-1, 1, 1) if isinstance(v, float) else v for v in (t, d))
+    return model.step(x, model.modulate(t, d, controls), model.text(controls), cache)
 
 
 # Codecs
@@ -99,29 +106,32 @@ def test_warp_is_monotone_and_shared_by_grid_and_density():
     t = mf.warp(u)
     assert t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all() and mf.warp(0.5) == 0.2
     assert torch.equal(mf.time_grid(4).flatten(), mf.warp(torch.linspace(0, 1, 5)))
-    drawn = mf.draw_times(torch.zeros(20, 2000, 1), 2)
-    assert abs(float(drawn.median()) - 0.2) < 0.01         # the warped middle
-    assert torch.equal(drawn[:, ::2], drawn[:, 1::2])      # one time a chunk
+    cfg = replace(TINY, image=8, patch=8)
+    video, audio = mf.cut_branches(cfg, mf.draw_times(cfg, torch.zeros(20, 1000, cfg.step_values), 2))
+    for drawn in (video, audio):
+        assert abs(float(drawn.median()) - 0.2) < 0.01     # the warped middle
+        assert torch.equal(drawn[:, ::2], drawn[:, 1::2])  # one time a chunk
+        assert torch.equal(drawn[..., 0], drawn[..., -1])  # and branch
+    alike = (video[..., 0] == audio[..., 0]).float().mean()
+    assert abs(alike - 0.5) < 0.02                         # half of the chunks have one time for both
     with pytest.raises(ValueError, match="at least 1"):
         mf.time_grid(0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 50])
-@pytest.mark.parametrize("few", [True, False])
-def test_analytic_velocity_returns_the_data(steps, few):
+def test_analytic_velocity_returns_the_data(steps):
     data, noise = torch.randn(2, 2, 4, 7)
-    end = mf.denoise(lambda x, t, d: data, noise, mf.time_grid(steps), few)[-1]
-    assert (end - data).abs().max() < 1e-5
-    sizes = []
-    mf.denoise(lambda x, t, d: sizes.append(float(d)) or data, noise, mf.time_grid(steps), few)
-    assert abs(sum(sizes) - few) < 1e-6                    # few: the true step; multi: 0
+    states = mf.denoise(lambda x, k: data, noise, mf.time_grid(steps))
+    assert (states[-1] - data).abs().max() < 1e-5 and len(states) == steps + 1
+    for x_t, t in zip(states, mf.time_grid(steps)):        # a straight way
+        assert (x_t - mf.add_noise(data, noise, t)).abs().max() < 1e-5
 
 
 def test_the_path_and_its_velocity_agree_in_sign():
-    x, noise, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.full((2, 3), 0.3)
+    x, noise, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.full((2, 3, 1), 0.3)
     x_t = mf.add_noise(x, noise, t)
     assert torch.allclose(mf.velocity(x, x_t, t), x - noise, atol=1e-5)
-    later = x_t + mf.displacement(x, x_t, t, torch.full((2, 3), 0.2))
+    later = x_t + mf.displacement(x, x_t, t, torch.full((2, 3, 1), 0.2))
     assert torch.allclose(later, mf.add_noise(x, noise, t + 0.2), atol=1e-5)
 
 
@@ -143,7 +153,7 @@ def test_positions_stay_bounded_and_the_same_after_10000_chunks():
         cache = model.start(controls)
         for i in (count - 2, count - 1, count):
             cache.count = i
-            out = model.step(x, torch.ones(1, 1) * 0.5, torch.zeros(1, 1), controls, cache)
+            out = step_of(model, x, 0.5, 0.0, controls, cache)
             cache.commit()
         outs.append(out)
     assert count > 10000 and torch.equal(*outs)
@@ -158,12 +168,11 @@ def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
     d[:1] = 0                                              # one film in multi-step mode, one in few-step mode
     whole = model(x, t, d, controls, history)
     cache, n = model.start(controls), TINY.chunk
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
     for i in range(7):
         now, mine = slice(i * n, i * n + n), controls.chunk(TINY, i)
-        piece = model.step(x[:, now], t[:, i * n:i * n + 1], d[:, i * n:i * n + 1], mine, cache)
+        piece = step_of(model, x[:, now], t[:, i * n:i * n + 1], d[:, i * n:i * n + 1], mine, cache)
         assert (piece - whole[:, now]).abs().max() < 1e-4 * whole.std()
-        model.step(history[:, now], one, zero, mine, cache)
+        step_of(model, history[:, now], 1.0, 0.0, mine, cache)
         cache.commit()
 
 
@@ -261,7 +270,7 @@ def filled_cache(model, controls, chunks):
     cache, n = model.start(controls), TINY.chunk
     for i in range(chunks):
         x = torch.randn(len(controls.character), n, TINY.step_values)
-        model.step(x, torch.ones(1, 1), torch.zeros(1, 1), controls.chunk(TINY, i), cache)
+        step_of(model, x, 1.0, 0.0, controls.chunk(TINY, i), cache)
         cache.commit()
     return cache
 
@@ -271,13 +280,14 @@ def test_denoising_never_writes_the_cache_and_step_size_never_enters_it():
     cache = filled_cache(model, controls, 4)
     kept = [x[:, :, cache.desk:].clone() for x in (cache.k, cache.v)]
     for d in (0.0, 0.5):
-        model.step(x[:, :2], torch.full((1, 1), 0.3), torch.full((1, 1), d), controls.chunk(TINY, 4), cache)
+        step_of(model, x[:, :2], 0.3, d, controls.chunk(TINY, 4), cache)
     assert all(torch.equal(x[:, :, cache.desk:], old) for x, old in zip((cache.k, cache.v), kept))
-    grid, seen = mf.time_grid(2), []
-    step = model.step
-    model.step = lambda x, t, d, *rest: seen.append((float(t), float(d))) or step(x, t, d, *rest)
+    grid, seen, modulate = mf.time_grid(2), [], model.modulate
+    model.modulate = lambda t, d, *rest: seen.append((float(t), float(d))) or modulate(t, d, *rest)
     list(mf.generate(model, controls, 1, grid, few=True))
-    assert seen[-1] == (1.0, 0.0) and all(d > 0 for _, d in seen[:-1])
+    assert seen[-1] == (1.0, 0.0) and abs(sum(d for _, d in seen) - 1) < 1e-6    # the true sizes of the steps
+    list(mf.generate(model, controls, 1, grid, few=False))
+    assert [t for t, _ in seen[3:]] == [t for t, _ in seen[:3]] and not any(d for _, d in seen[3:])
 
 
 def test_sink_survives_evictions_and_is_the_first_chunk():
@@ -288,8 +298,7 @@ def test_sink_survives_evictions_and_is_the_first_chunk():
     kept = cache.k[:, :, sink].clone(), cache.v[:, :, sink].clone()
     assert torch.equal(kept[0][:, :, TINY.video_tokens:], mf.timeless(first_chunk))
     for i in range(1, 12):
-        model.step(torch.randn(2, 2, TINY.step_values), torch.ones(1, 1), torch.zeros(1, 1),
-                   controls.chunk(TINY, i), cache)
+        step_of(model, torch.randn(2, 2, TINY.step_values), 1.0, 0.0, controls.chunk(TINY, i), cache)
         cache.commit()
     assert torch.equal(cache.k[:, :, sink], kept[0]) and torch.equal(cache.v[:, :, sink], kept[1])
     assert kept[0].abs().max() > 0
@@ -357,7 +366,7 @@ def test_after_stage_2_any_step_size_is_plain_euler_bit_for_bit():
 def test_no_gradient_through_history_targets_or_scores():
     model, teacher, fake = lively(), lively(), lively()
     x, history, controls = some_clip()
-    states, made = mf.rollout(model, x, controls, mf.time_grid(2), "few", torch.zeros(2, dtype=torch.bool))
+    states, made = mf.rollout(model, x, controls, mf.time_grid(2), "few")
     assert not any(state.requires_grad for state in states)
     loss, _ = mf.shortcut_loss(model, x, states[-1], controls, teacher=teacher)
     more, _ = mf.dmd_loss(model, states, states[-1], controls, real=teacher, fake=fake, made=made,
@@ -392,7 +401,7 @@ class Analytic(torch.nn.Module):
         self.cfg, self.function = cfg, function
 
     def forward(self, x_t, t, d, controls, history=None, chunk=None, branches=None):
-        return self.function(x_t, t[..., None], d[..., None])
+        return self.function(x_t, t, d)
 
 
 def test_shortcut_target_is_two_half_steps_of_an_analytic_flow():
@@ -424,7 +433,7 @@ def dmd_gradient(mean_real, mean_fake):
     shift = torch.zeros((), requires_grad=True)
     net = Analytic(lambda x_t, t, d: x + shift)            # its films are x + shift, whatever the noise
     with torch.no_grad():
-        states = mf.denoise(lambda x_t, t, d: x + shift, torch.randn_like(x), mf.time_grid(1), few=True)
+        states = mf.denoise(lambda x_t, k: x + shift, torch.randn_like(x), mf.time_grid(1))
     loss, _ = mf.dmd_loss(net, states, x, controls, real=score(mean_real), fake=score(mean_fake),
                           times=mf.time_grid(1), made=torch.ones(x.shape[1], dtype=torch.bool))
     loss.backward()
@@ -537,9 +546,9 @@ def test_a_tiny_stage_3_makes_the_4_step_error_smaller():
 
     @torch.no_grad()
     def film(net, steps, few):
-        shape = x.shape[:2]
-        return mf.denoise(lambda z, t, d: net(z, t.expand(shape), d.expand(shape), controls, x), noise,
-                          mf.time_grid(steps), few)[-1]
+        times = mf.time_grid(steps)
+        sizes = times.diff(dim=0) * few
+        return mf.denoise(lambda z, k: net(z, times[k], sizes[k], controls, x), noise, times)[-1]
 
     goal, before = film(teacher, 32, False), film(model, 4, True)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4)

@@ -326,8 +326,8 @@ class TrainingError(Exception):
 
 
 def optimizers_of(net: AudioVideoTransformer) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks and AdamW for all else (our choice; the paper has AdamW alone): 1 to
-    3 % less loss after 200 steps on the same data, for 8 % more time."""
+    """Muon for the matrices of the blocks and AdamW for all else (our choice; the paper has AdamW alone):
+    1 to 3 % less loss after 200 steps on the same data, for 8 % more time."""
     sides = [*net.video.sides.parameters(), *net.audio.sides.parameters()]
     matrices = [weight for weight in sides if weight.ndim == 2]
     others = [weight for weight in net.parameters() if not any(weight is matrix for matrix in matrices)]
@@ -370,7 +370,7 @@ def settings_of(args) -> dict:
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
-    """Warm-up over 100 steps, and a linear descent to a twentieth: the noise of a high rate costs more than it
+    """Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise costs more than it
     saves."""
     return lr * min(1, (step + 1) / min(100, steps)) * (1 - 0.95 * step / steps)
 
