@@ -182,16 +182,16 @@ def test_band_equals_a_dense_mask():
     parts = {name: mf.Part(None, None, None, torch.zeros(n, 1)) for name, n in
              (("video", 2 * chunks * 2), ("audio", 2 * chunks), ("first", 4))}
     band = mf.Band(cfg.window, chunks, parts, "cpu")
-    rows = {name: torch.randn(3, 2, part.phases.shape[0], h, e) for name, part in parts.items()}
+    rows = {name: torch.randn(3, 2, h, part.phases.shape[0], e) for name, part in parts.items()}
     seen = band(0, {name: tuple(x) for name, x in rows.items()})
     kind = {"first": [(0, -1)] * 4,
             "video": [(k, i) for k in (1, 2) for i in range(chunks) for _ in range(2)],
             "audio": [(k, i) for k in (1, 2) for i in range(chunks)]}
     order = ["first", "video", "audio"]
-    q, k, v = torch.cat([rows[name] for name in order], 2)
+    q, k, v = torch.cat([rows[name] for name in order], 3)
     meta = [m for name in order for m in kind[name]]
     sink = [i for i, m in enumerate(meta) if m == (1, 0)]
-    k, v = torch.cat([k, mf.timeless(k[:, sink])], 1), torch.cat([v, v[:, sink]], 1)
+    k, v = torch.cat([k, mf.timeless(k[:, :, sink])], 2), torch.cat([v, v[:, :, sink]], 2)
     columns = meta + [(3, 0)] * len(sink)
     mask = torch.tensor([[c == (0, -1) or c == (3, 0) and r[1] > 0 or c == r
                           or c[0] == 1 and r[1] - cfg.window <= c[1] < r[1] for c in columns] for r in meta])
@@ -278,10 +278,10 @@ def filled_cache(model, controls, chunks):
 def test_denoising_never_writes_the_cache_and_step_size_never_enters_it():
     model, (x, history, controls) = lively(), some_clip(chunks=8)
     cache = filled_cache(model, controls, 4)
-    kept = [x[:, :, cache.desk:].clone() for x in (cache.k, cache.v)]
+    kept = [x[:, :, :, cache.desk:].clone() for x in (cache.k, cache.v)]
     for d in (0.0, 0.5):
         step_of(model, x[:, :2], 0.3, d, controls.chunk(TINY, 4), cache)
-    assert all(torch.equal(x[:, :, cache.desk:], old) for x, old in zip((cache.k, cache.v), kept))
+    assert all(torch.equal(x[:, :, :, cache.desk:], old) for x, old in zip((cache.k, cache.v), kept))
     grid, seen, modulate = mf.time_grid(2), [], model.modulate
     model.modulate = lambda t, d, *rest: seen.append((float(t), float(d))) or modulate(t, d, *rest)
     list(mf.generate(model, controls, 1, grid, few=True))
@@ -294,13 +294,13 @@ def test_sink_survives_evictions_and_is_the_first_chunk():
     model, (_, _, controls) = lively(), some_clip(chunks=12)
     cache = filled_cache(model, controls, 1)
     sink = slice(cache.first.start, cache.sink.stop)
-    first_chunk = cache.k[:, :, cache.sink.stop:cache.sink.stop + cache.desk]
-    kept = cache.k[:, :, sink].clone(), cache.v[:, :, sink].clone()
-    assert torch.equal(kept[0][:, :, TINY.video_tokens:], mf.timeless(first_chunk))
+    first_chunk = cache.k[:, :, :, cache.sink.stop:cache.sink.stop + cache.desk]
+    kept = cache.k[:, :, :, sink].clone(), cache.v[:, :, :, sink].clone()
+    assert torch.equal(kept[0][:, :, :, TINY.video_tokens:], mf.timeless(first_chunk))
     for i in range(1, 12):
         step_of(model, torch.randn(2, 2, TINY.step_values), 1.0, 0.0, controls.chunk(TINY, i), cache)
         cache.commit()
-    assert torch.equal(cache.k[:, :, sink], kept[0]) and torch.equal(cache.v[:, :, sink], kept[1])
+    assert torch.equal(cache.k[:, :, :, sink], kept[0]) and torch.equal(cache.v[:, :, :, sink], kept[1])
     assert kept[0].abs().max() > 0
 
 
