@@ -256,8 +256,9 @@ class StepEmbedding(nn.Module):
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S) and character (B,) -> (B, S, D)."""
-        far, near = (self.size[:2](sinusoid(x)) for x in (d, torch.zeros_like(d)))  # same shape and rounding
-        return F.silu(self.time(sinusoid(t)) + self.size[2](far - near) + self.character(character)[:, None])
+        t, d, zero = (sinusoid(x).to(self.character.weight) for x in (t, d, torch.zeros_like(d)))
+        change = self.size[2](self.size[:2](d) - self.size[:2](zero))  # of equal shapes: they round alike
+        return F.silu(self.time(t) + change + self.character(character)[:, None])
 
 
 class TextEmbedding(nn.Module):
@@ -416,13 +417,13 @@ class AudioVideoTransformer(nn.Module):
 
     def parts(self, z: Tensor, steps: Tensor, changes: dict, text: dict) -> dict[str, Part]:
         """Latent steps z (B, S, E), at steps (S,) of the film, with their modulation and their text."""
-        inputs = zip(BRANCHES, split(self.cfg, z), self.phases(steps))
+        inputs = zip(BRANCHES, split(self.cfg, z.to(self.no_first)), self.phases(steps))
         return {n: Part(getattr(self, n), getattr(self, n).embed(values) + text[n], changes[n], phases)
                 for n, values, phases in inputs if n in text}
 
     def first(self, controls: Controls) -> Part:
         """The first frame, or what stands in for it: one clean, timeless latent step of video."""
-        first = self.video.embed(controls.first)
+        first = self.video.embed(controls.first.to(self.no_first))
         tokens = torch.where(controls.has_first[:, None, None, None], first, self.no_first) + self.video.place
         one = torch.ones(len(tokens), 1, device=tokens.device)
         changes = self.video.modulate(one, 0 * one, controls.character)
@@ -481,7 +482,7 @@ class AudioVideoTransformer(nn.Module):
     @torch.no_grad()
     def start(self, controls: Controls, window: int | None = None) -> "KVCache":
         """An empty cache that holds the first frame (or what stands in for it) as its sink."""
-        cache = KVCache(self.cfg, len(controls.character), window, controls.first.device)
+        cache = KVCache(self.cfg, len(controls.character), window)
         self.trunk({"first": self.first(controls)}, cache.attend_first)
         return cache
 
@@ -551,17 +552,14 @@ class KVCache:
     left, so what may be seen is always one slice, without a mask.
     """
 
-    def __init__(self, cfg: Config, batch: int, window: int | None = None, device=None):
+    def __init__(self, cfg: Config, batch: int, window: int | None = None):
         self.window = cfg.window if window is None else window
         if not 1 <= self.window <= cfg.window:
             raise ValueError(f"window must be between 1 and {cfg.window} chunks, the most seen in training")
         self.desk = desk = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)
         self.first = slice(desk, desk + cfg.video_tokens)
         self.sink = slice(self.first.stop, self.first.stop + desk)     # and then the ring
-        device = torch.device(device or "cpu")
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
-        shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
-        self.k, self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
         self.count = 0                                                 # chunks committed so far
 
     def attend(self, layer: int, parts: dict) -> dict[str, Tensor]:
@@ -575,6 +573,8 @@ class KVCache:
     def attend_first(self, layer: int, parts: dict) -> dict[str, Tensor]:
         """The first frame sees only itself, and stays."""
         q, k, v = parts["first"]
+        if layer == 0:
+            self.k, self.v = k.new_zeros(self.shape)                   # on its device, in its precision
         self.k[layer, :, :, self.first], self.v[layer, :, :, self.first] = k, v
         return {"first": attention(q, k, v)}
 

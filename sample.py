@@ -4,11 +4,11 @@
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,9 @@ import torch
 from tqdm import tqdm
 
 import train
-from mutual_forcing import (ALPHABET, SILENCE, AudioCodec, CheckpointError, Config, VideoCodec, generate,
-                            load_checkpoint, spell, split, stream, time_grid)
+from mutual_forcing import (ALPHABET, SILENCE, AudioCodec, AudioVideoTransformer, CheckpointError, Config,
+                            Controls, VideoCodec, denoise, film_controls, generate, load_checkpoint, spell,
+                            split, stream, time_grid)
 
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
@@ -59,8 +60,7 @@ class Ruler:
         self.quiet = 0.3 * min(row[2].sum() for row in rows)           # less energy than this is silence
 
     def energies(self, samples: np.ndarray) -> np.ndarray:
-        """Samples (..., n hop) -> energy in bands of 128 Hz around each border of hops (..., n - 1,
-        bands)."""
+        """Samples (..., n hop) -> energy by 128 Hz around the borders of hops (..., n - 1, bands)."""
         hop = self.cfg.hop
         hops = samples.reshape(*samples.shape[:-1], -1, hop)
         frames = np.concatenate([hops[..., :-1, :], hops[..., 1:, :]], -1) * np.hanning(2 * hop)
@@ -109,8 +109,7 @@ class Ruler:
         return np.concatenate([*means, skin.mean((2, 3, 4))[..., None]], -1)
 
     def video_features(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (n, F, h, w, 3) -> (n, segments of half a second, 27): colour, contrast by place, edges,
-        motion."""
+        """Frames (n, F, h, w, 3) -> (n, half seconds, 27): colour, contrast by place, edges, motion."""
         n, half = len(frames), self.cfg.fps // 2
         x = frames[:, :frames.shape[1] // half * half].reshape(-1, half, *frames.shape[2:])
         x = x.astype(np.float32) / 255
@@ -125,8 +124,7 @@ class Ruler:
         return np.concatenate(parts, -1).reshape(n, -1, 27)
 
     def audio_features(self, samples: np.ndarray) -> np.ndarray:
-        """Samples (n, N) -> (n, segments of half a second, 30): loudness of 15 bands, its mean and its spread
-        in dB."""
+        """Samples (n, N) -> (n, half seconds, 30): loudness of 15 bands in dB, its mean and its spread."""
         energy = self.per_frame(samples)
         n, half = len(energy), self.cfg.fps // 2
         bands = energy[..., :30].reshape(*energy.shape[:2], 15, 2).sum(-1)
@@ -144,16 +142,14 @@ def frechet(a: np.ndarray, b: np.ndarray, spread: np.ndarray) -> float:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean over films of the correlation of two curves (n, F); a film where either stands still counts as
-    0."""
+    """Mean over films of the correlation of two curves (n, F); 0 for a film where either stands still."""
     a, b = (x - x.mean(1, keepdims=True) for x in (a, b))
     size = np.sqrt((a ** 2).sum(1) * (b ** 2).sum(1))
     return float(np.where(size > 1e-9, (a * b).sum(1) / np.maximum(size, 1e-9), 0).mean())
 
 
 def lag_ms(seen: np.ndarray, heard: np.ndarray, fps: int, reach: int = 5) -> float:
-    """By how much the sound comes after the picture, in ms, where curves (n, F) agree most (peak by a
-    parabola)."""
+    """By how many ms the sound comes after the picture, where curves (n, F) agree most (by a parabola)."""
     f = seen.shape[1]
     score = [correlation(seen[:, max(0, -lag):f - max(0, lag)], heard[:, max(0, lag):f - max(0, -lag)])
              for lag in range(-reach, reach + 1)]
@@ -163,8 +159,7 @@ def lag_ms(seen: np.ndarray, heard: np.ndarray, fps: int, reach: int = 5) -> flo
 
 
 class Films(NamedTuple):
-    """Films of equal length to be scored: frames uint8 (n, F, h, w, 3), samples (n, N), symbols (n, F) or
-    None."""
+    """Films to be scored: frames uint8 (n, F, h, w, 3), samples (n, N), symbols (n, F) or None."""
     frames: np.ndarray
     samples: np.ndarray
     symbols: np.ndarray | None
@@ -189,8 +184,7 @@ def letters_read(ruler: Ruler, samples: np.ndarray, symbols: np.ndarray, begin: 
 
 
 def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
-    """All figures of the ruler, a number a window (None where the films are too short or it does not
-    apply)."""
+    """All figures of the ruler, a number a window; None where it does not apply."""
     cfg, fps = ruler.cfg, ruler.cfg.fps
     mouths, heard = ruler.mouths(films.frames), ruler.hear(ruler.per_frame(films.samples))
     implied, colours = openings(heard.letter), ruler.colours(films.frames)
@@ -229,8 +223,7 @@ def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
 
 
 def held_out(cfg: Config, count: int, seconds: float, kind: int = 0) -> list[train.Film]:
-    """Talkers from seeds that training never sees; kind 0 to be scored, kind 1 the reference of the
-    distances."""
+    """Talkers from seeds that training never sees; kind 0 to score, 1 as the distances' reference."""
     frames = int(np.ceil(seconds / cfg.chunk_seconds)) * cfg.chunk_frames
     return [train.talk(cfg, np.random.default_rng([HELD_OUT, kind, i]), frames) for i in range(count)]
 
@@ -269,8 +262,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
 
 
 def evaluate(args) -> dict:
-    """Score checkpoints, few-step and multi-step, spoken and babbling, beside ground truth and shuffled
-    sound."""
+    """Score checkpoints in both modes, spoken and babbling, beside ground truth and shuffled sound."""
     models = [(str(path), *load_checkpoint(path)) for path in args.evaluate]
     cfg = models[0][1].cfg
     ruler = Ruler(cfg)
@@ -284,41 +276,18 @@ def evaluate(args) -> dict:
         films = films._replace(symbols=films.symbols if control == "spoken" else None)
         rows.append({"checkpoint": checkpoint, "mode": mode, "steps": steps, "guidance": guidance,
                      "control": control, **score(ruler, films, reference)})
-        print(markdown_rows(rows[-1:]), file=sys.stderr, flush=True)
+        print(train.markdown(rows).splitlines()[-1], file=sys.stderr, flush=True)
 
     for control in ("spoken", "babbling"):
         add(truth, control, "ground truth")
         add(truth._replace(samples=np.roll(truth.samples, 1, 0)), control, "shuffled sound")
         for name, model, _ in models:
-            model.to(args.device)
+            train.in_precision(model.to(args.device), args.precision)
             for mode, steps in settings:
                 films = remake(model, talkers, few=mode == "few", steps=steps, guidance=args.guidance,
                                babble=control == "babbling", seed=args.seed)
                 add(films, control, name, mode, steps, args.guidance)
     return {"windows": WINDOWS, "rows": rows}
-
-
-FIGURES = {"transcript_error": "transcript error", "lip": "lip", "sync": "sync", "sync_lag_ms": "lag ms",
-           "identity_drift": "identity drift", "voice_drift": "voice drift", "motion": "motion",
-           "loudness_db": "loudness dB", "letter_margin": "letter margin", "letter_spread": "letter spread",
-           "frechet_video": "Frechet video", "frechet_audio": "Frechet audio"}
-
-
-def markdown_rows(rows: list[dict]) -> str:
-    """Rows of figures as lines of a Markdown table; a cell holds one number a window."""
-    def cell(values):
-        return " / ".join("-" if v is None else f"{v:.3g}" for v in values)
-
-    return "\n".join("| " + " | ".join([
-        f"{Path(row['checkpoint']).stem} {row['mode'] or ''} {row['steps'] or ''}".strip(), row["control"],
-        *(cell(row.get(name, [])) for name in FIGURES)]) + " |" for row in rows)
-
-
-def markdown(result: dict) -> str:
-    """The whole table."""
-    head = ["film", "control", *FIGURES.values()]
-    head = "| " + " | ".join(head) + " |\n|" + "---|" * len(head)
-    return f"{head}\n{markdown_rows(result['rows'])}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -361,8 +330,7 @@ class FilmWriter:
                 (self.video.send if self.kind == ".mp4" else self.video.append_data)(frame)
 
     def finish(self, transcript: str = "") -> None:
-        """Close everything and put the result where it belongs, at once. Raises OSError if it cannot be
-        written."""
+        """Close everything and put the result in its place, at once. Raises OSError if that fails."""
         if self.sound:
             self.sound.close()
         if self.video:
@@ -391,8 +359,7 @@ class FilmWriter:
 
 
 def filmstrip(stills: list, cfg: Config, transcript: str = "", columns: int = 12) -> np.ndarray:
-    """One frame a chunk, the waveform below it and the letters said below that: uint8 (h, w, 3), rows of 12
-    chunks."""
+    """A frame a chunk, below it the waveform, below that the letters said: uint8 (h, w, 3), 12 in a row."""
     rows = []
     for start in range(0, len(stills), columns):
         row = np.full((cfg.image + 40, columns * cfg.image, 3), 255, np.uint8)
@@ -423,6 +390,61 @@ def glyph_of(letter: str) -> np.ndarray:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Speed: one thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
+
+MULTI = {"mode": "multi", "steps": 50}
+BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, {"size": 96}, {"size": 128},
+             {"cache": False}, {"seconds": 60}, {"seconds": 600})
+
+
+def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
+    """The states of each chunk, like generate(). Without a cache each evaluation recomputes a full window."""
+    cfg, s = model.cfg, (model.cfg.window + 1) * model.cfg.chunk
+    times = time_grid(steps, cfg.shift).to(model.no_first.device)
+    controls = film_controls(cfg, chunks if cache else cfg.window + 1, "the quick brown fox " * chunks)
+    controls = Controls(*(x.expand(batch, *x.shape[1:]).to(times.device) for x in controls))
+    if cache:
+        yield from generate(model, controls, chunks, times, few=mode == "few", guidance=guidance)
+    for _ in range(0 if cache else chunks):
+        x = torch.randn(batch, s, cfg.step_values, device=times.device)
+        sizes = times.diff(dim=0)
+        states = denoise(lambda x, k: model(x, times[k], sizes[k], controls, None, s), x, times)
+        yield [state[:, -cfg.chunk:] for state in states]
+
+
+@torch.inference_mode()
+def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, seconds=10, cache=True) -> dict:
+    """Stream films, decode all and write the first (then thrown away); returns a row of the benchmark."""
+    cfg, device = model.cfg, model.no_first.device
+    settings = {"batch": batch, "mode": mode, "steps": steps, "guidance": guidance, "cache": cache}
+    with train.Products() as products:
+        for index, _ in enumerate(films_of(model, cfg.window + 3, **settings)):
+            if index == cfg.window + 1:                    # of a chunk after a full window: the last one
+                products.shapes.clear()
+    tail, times = None, [train.clock(device)]
+    with tempfile.TemporaryDirectory() as folder:
+        writer = FilmWriter(Path(folder) / "film.mp4", cfg)
+        for states in films_of(model, round(seconds / cfg.chunk_seconds), **settings):
+            times.append(train.clock(device))
+            video, audio = split(cfg, states[-1])
+            frames = VideoCodec(cfg).decode(video).cpu().numpy()
+            samples, tail = AudioCodec(cfg).decode_next(audio.reshape(batch, -1, cfg.hop), tail)
+            times.append(train.clock(device))
+            writer.add(frames[0], samples[0].cpu().numpy())
+            times.append(train.clock(device))
+        writer.finish()
+        writer.close()
+    whole, (model_s, codec_s, _) = train.clock(device) - times[0], np.diff(times).reshape(-1, 3).T
+    films, middle = batch * len(model_s) * cfg.chunk_frames, np.median(model_s)
+    return {"size": size, **settings, "seconds": seconds, "first_chunk_ms": 1000 * (times[2] - times[0]),
+            "chunk_ms_median": 1000 * middle, "chunk_ms_p95": 1000 * np.quantile(model_s, 0.95),
+            "chunk_ms_last": 1000 * np.median(model_s[-100:]), "fps_model": films / model_s.sum(),
+            "fps_codec": films / codec_s.sum(), "fps_end_to_end": films / whole,
+            "real_time_factor": films / whole / cfg.fps, "limit_share": products.alone(device) / middle,
+            "peak_memory_mb": train.peak_memory(device)}
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The command line.
 
 class UserError(Exception):
@@ -432,15 +454,10 @@ class UserError(Exception):
 def read_first_frame(path: Path, cfg: Config) -> np.ndarray:
     """A picture file -> uint8 (image, image, 3), cropped to a square and resized, which is said."""
     try:
-        picture = iio.imread(path)
+        picture = iio.imread(path, plugin="pillow", index=0, mode="RGB")
     except Exception as error:  # whatever the image readers raise on a damaged file
         raise UserError(f"{path}: not a readable picture ({type(error).__name__})") from None
-    picture = np.asarray(picture)
-    if picture.ndim == 2:
-        picture = np.repeat(picture[..., None], 3, -1)
-    if picture.ndim != 3 or picture.dtype != np.uint8 or picture.shape[2] not in (3, 4):
-        raise UserError(f"{path}: not an 8-bit picture")
-    picture, (h, w) = picture[..., :3], picture.shape[:2]
+    h, w = picture.shape[:2]
     if (h, w) == (cfg.image, cfg.image):
         return picture
     side = min(h, w)
@@ -490,6 +507,17 @@ def film_settings(args, cfg: Config) -> dict:
             "seed": args.seed}
 
 
+def benchmark(args) -> dict:
+    """Rows of BENCHMARK: the checkpoint at its own size, random weights at others."""
+    rows = []
+    for change in tqdm(BENCHMARK, disable=None):
+        model = load_checkpoint(args.checkpoint)[0]
+        if change.get("size", model.cfg.image) != model.cfg.image:
+            model = AudioVideoTransformer(replace(model.cfg, image=change["size"]))
+        rows.append(time_films(train.in_precision(model.to(args.device), args.precision), **change))
+    return {"machine": train.machine(args.device), "rows": rows}
+
+
 def make_film(args) -> tuple[dict, int]:
     """Stream one film into args.out; returns the figures and the exit code (130 if it was interrupted)."""
     began = time.perf_counter()
@@ -497,7 +525,7 @@ def make_film(args) -> tuple[dict, int]:
     model, _ = load_checkpoint(args.checkpoint)
     cfg = model.cfg
     settings = film_settings(args, cfg)
-    model.to(args.device)
+    train.in_precision(model.to(args.device), args.precision)
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
     writer, out, code, first = FilmWriter(args.out, cfg), args.out, 0, None
@@ -524,8 +552,7 @@ def make_film(args) -> tuple[dict, int]:
     return {"out": str(out), "seconds": seconds, "frames": writer.frames, "mode": args.mode,
             "steps": args.steps, "fps": round(writer.frames / spent, 1),
             "real_time_factor": round(seconds / spent, 2), "first_chunk_ms": round(1000 * first, 1),
-            "load_s": round(loaded - began, 2),
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}, code
+            "load_s": round(loaded - began, 2), "peak_memory_mb": train.peak_memory(args.device)}, code
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -545,15 +572,20 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("sample.mp4"), help="film.mp4, .gif, .wav or .png (a filmstrip)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
+    add("--precision", choices=("fp32", "bf16"), help="of the network; default: what is faster here")
+    add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--talkers", type=int, default=32, help="films to score")
     return parser
 
 
 def run(args) -> int:
-    """Do what the command line asks for; returns the exit code. Raises UserError, CheckpointError or
-    OSError."""
+    """Do what the command line asks for; returns the exit code. Raises UserError and the like."""
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch sees no CUDA device here")
+    if args.benchmark:
+        result = benchmark(args)
+        print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")
+        return 0
     if args.evaluate:
         args.seconds = args.seconds or 25.0
         if args.talkers < 2 or args.seconds < WINDOWS[0][1]:
@@ -561,7 +593,7 @@ def run(args) -> int:
         args.few_steps = args.steps or 4
         args.multi_steps = args.steps if args.steps and args.mode == "multi" else 50
         result = evaluate(args)
-        print(json.dumps(result) if args.json else markdown(result))
+        print(json.dumps(result) if args.json else train.markdown(result["rows"]))
         return 0
     args.mode = args.mode or "few"
     args.steps = args.steps if args.steps is not None else 4 if args.mode == "few" else 50

@@ -763,12 +763,39 @@ def test_evaluate_scores_in_windows(small_checkpoint, capsys):
                         "--mode", "few", "--json", "--device", "cpu"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["windows"] == [[0, 5], [5, 15], [15, 25]] and len(result["rows"]) == 6
-    names = {"checkpoint", "mode", "steps", "guidance", "control", *sample.FIGURES}
+    names = {"checkpoint", "mode", "steps", "guidance", "control", "transcript_error", "lip", "sync",
+             "sync_lag_ms", "identity_drift", "voice_drift", "motion", "loudness_db", "letter_margin",
+             "letter_spread", "frechet_video", "frechet_audio"}
     assert all(set(row) == names for row in result["rows"])
     films = {row["checkpoint"] for row in result["rows"]}
     assert films == {"ground truth", "shuffled sound", str(small_checkpoint)}
     babbling = [row for row in result["rows"] if row["control"] == "babbling"]
     assert len(babbling) == 3 and all(row["transcript_error"] == [None] for row in babbling)
+
+
+def test_benchmarks_measure_and_say_on_what(small_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "BENCHMARK", ({"seconds": 1}, {"seconds": 1, "cache": False},
+                                              {"seconds": 1, "batch": 2, "steps": 2, "mode": "multi"}))
+    assert sample.main(["--benchmark", "--json", "--checkpoint", str(small_checkpoint), "--device", "cpu"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["machine"] and len(result["rows"]) == 3
+    for row in result["rows"]:
+        assert 0 < row["limit_share"] < 1.5 and row["chunk_ms_median"] <= row["chunk_ms_p95"]
+        assert row["fps_end_to_end"] < row["fps_model"] and row["real_time_factor"] > 0
+    assert train.main(["--benchmark", "--json", "--device", "cpu", "--preset", "tiny"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 10 and all(row["seconds"] > 0 and row["limit_share"] > 0 for row in rows)
+
+
+def test_products_are_counted_and_timed():
+    a, b, linear = torch.randn(3, 5, 7), torch.randn(3, 7, 2), torch.nn.Linear(7, 4)
+    with train.Products() as products:
+        linear(a.flatten(0, 1)).sum().backward()           # forward and the weights' gradient
+        a @ b
+        torch.nn.functional.scaled_dot_product_attention(a[None], a[None], a[None])
+    sizes = sorted(math.prod(x) * y[-1] for x, y in products.shapes)
+    assert sizes == sorted([15 * 7 * 4, 4 * 15 * 7, 3 * 5 * 7 * 2, 3 * 5 * 7 * 5, 3 * 5 * 5 * 7])
+    assert products.alone("cpu") > 0
 
 
 def test_training_and_evaluation_never_share_a_film():

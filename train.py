@@ -5,9 +5,13 @@ minutes.
 import argparse
 import copy
 import json
+import math
+import platform
+import resource
 import signal
 import sys
 import time
+import timeit
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -15,12 +19,13 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, AudioVideoTransformer,
-                            CheckpointError, Config, Controls, VideoCodec, flow_matching_loss, generate, join,
-                            load_checkpoint, load_file, mutual_forcing_loss, save_checkpoint, save_file,
-                            split, time_grid)
+                            CheckpointError, Config, Controls, VideoCodec, dmd_loss, flow_matching_loss,
+                            generate, join, load_checkpoint, load_file, mutual_forcing_loss, rollout,
+                            save_checkpoint, save_file, shortcut_loss, split, time_grid)
 
 # ------------------------------------------------------------------------------------------------------------
 # The synthetic talker: a drawn face that speaks; rich enough to need a generator, exact enough to measure.
@@ -480,6 +485,130 @@ def train_stage(state: State, args) -> None:
         raise KeyboardInterrupt
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Speed, beside the machine's limit: the time that the same matrix products take alone.
+
+class Products(TorchDispatchMode):
+    """Collects the shapes of all matrix products made while it is entered, attention's two among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "matmul"):
+            self.shapes.append((args[0].shape, args[1].shape))
+        elif name in ("addmm", "baddbmm"):
+            self.shapes.append((args[1].shape, args[2].shape))
+        elif name == "linear":
+            self.shapes.append((args[0].shape, args[1].shape[::-1]))
+        elif "scaled_dot_product" in name and "backward" not in name:
+            q, k, v = (x.shape for x in args[:3])
+            self.shapes += [(q, (*k[:-2], k[-1], k[-2])), ((*q[:-1], k[-2]), v)]
+        return func(*args, **(kwargs or {}))
+
+    def alone(self, device) -> float:
+        """Seconds for the products alone, in the faster of fp32 and bf16."""
+        def seconds(dtype):
+            pairs = [[torch.randn(shape, dtype=dtype, device=device) for shape in pair]
+                     for pair in self.shapes]
+            return fastest(lambda: [a @ b for a, b in pairs], device, 5)
+
+        return min(map(seconds, (torch.float32, torch.bfloat16)))
+
+
+def fastest(function, device, runs: int) -> float:
+    """Seconds of the fastest of several runs."""
+    return min(timeit.repeat(lambda: (function(), clock(device)), number=1, repeat=runs))
+
+
+def clock(device) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_memory(device) -> int:
+    """The most memory held so far, in MiB: of the device, or of this process."""
+    if torch.device(device).type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def machine(device) -> str:
+    """What the figures were measured on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def in_precision(model: AudioVideoTransformer, precision: str | None) -> AudioVideoTransformer:
+    """Turn a model's weights (not its tables of phases) to fp32 or bf16; by default to the faster here."""
+    def seconds(dtype):
+        a, b = (torch.randn(n, 192, dtype=dtype, device=model.no_first.device) for n in (48, 768))
+        return fastest(lambda: a @ b.T, a.device, 50)
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtype = dtypes[precision] if precision else min(dtypes.values(), key=seconds)
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
+    return model
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of figures as a Markdown table; a cell holds one number a window."""
+    def cell(x):
+        if isinstance(x, (list, tuple)):
+            return " / ".join(map(cell, x))
+        return "-" if x is None else f"{x:.3g}" if isinstance(x, float) else str(x)
+
+    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0]),
+             *(map(cell, map(row.get, rows[0])) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def benchmark(args, cfg: Config) -> dict:
+    """Seconds of one step of each stage, of the parts of stage 3 on their share of the rows, and of
+    Self-Forcing's recipe, each beside its matrix products alone; memory is the most so far."""
+    rows, device, args.seconds = [], args.device, args.seconds[:1]
+    model = AudioVideoTransformer(cfg).to(device)
+
+    def add(what: str, function):
+        function()
+        with Products() as products:
+            function()
+        seconds = fastest(function, device, 3)
+        rows.append({"what": what, "seconds": seconds, "limit_share": products.alone(device) / seconds,
+                     "peak_memory_mb": peak_memory(device)})
+
+    for stage in STAGES:
+        state = State(copy.deepcopy(model), stage, args)
+        add(f"a step of stage {stage}", lambda: train_step(state, args))
+    x, controls = talker_batch(cfg, 0, 0, 0, args.batch, args.seconds[0])
+    x, controls = x.to(device), Controls(*(c.to(device) for c in controls))
+    third = slice(0, max(1, args.batch // 3))
+    some, said = x[third], Controls(*(c[third] for c in controls))
+    times, student = time_grid(4, cfg.shift).to(device), state.model
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=not args.fp32):
+        add("rollout", lambda: rollout(student, x, controls, times, "few"))
+        states, made = rollout(student, some, said, times, "few")
+        own = {"real": state.ema, "fake": state.fake, "times": times, "made": made}
+        for what, loss in (
+                ("flow matching", lambda: flow_matching_loss(student, some, some, said)),
+                ("ShortCut", lambda: shortcut_loss(student, some, some, said, teacher=state.ema)),
+                ("DMD", lambda: dmd_loss(student, states, some, said, **own)),
+                ("fake score", lambda: flow_matching_loss(state.fake, states[-1], some, said, made=made))):
+            add(what, lambda: loss()[0].backward())
+    args.shortcut, args.dmd, args.real, args.real_whole = 0.0, 1.0, copy.deepcopy(state.ema), True
+    forcing = State(copy.deepcopy(model), "mutual", args)
+    add("a step of Self-Forcing", lambda: train_step(forcing, args))
+    return {"machine": machine(device), "rows": rows}
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train Mutual Forcing on the synthetic talker.")
     add = parser.add_argument
@@ -500,6 +629,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--guidance", type=float, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
     add("--teacher", type=Path, help="stage 3: a frozen checkpoint as DMD's real score")
     add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
+    add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
+    add("--json", action="store_true", help="print the benchmark as one JSON object")
     add("--seed", type=int, default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--fp32", action="store_true", help="no bf16: slower; for processors without it")
@@ -546,15 +677,19 @@ def run(args) -> None:
     """All that the command line asks for. Raises TrainingError, CheckpointError, OSError or
     KeyboardInterrupt."""
     cfg = configure(args)
-    args.out.mkdir(parents=True, exist_ok=True)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     content = load_file(args.out / "resume.pt") if args.resume else None
     if content and content["settings"] != settings_of(args):
         changed = [name for name, new in settings_of(args).items() if content["settings"].get(name) != new]
         raise TrainingError(f"--resume: this run was started with another --{', --'.join(changed)}")
     torch.manual_seed(args.seed)
+    if args.benchmark:
+        result = benchmark(args, cfg)
+        print(json.dumps(result) if args.json else f"{result['machine']}\n\n{markdown(result['rows'])}")
+        return
     model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(
         Config(**content["config"]) if content else cfg)
+    args.out.mkdir(parents=True, exist_ok=True)
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
     for stage in stages:
