@@ -15,7 +15,7 @@ Axes                                          Symbols
   S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
   C  chunks (cfg.chunk latent steps each)       v    velocity x - noise     u    the network's velocity
   N  tokens of one branch in one latent step    x_hat  the network's clean prediction
-  D  width    H  heads    E  values of a latent step (all its video tokens, then all its audio tokens)
+  D  width    H  heads    P  values of a head    E  values of a latent step (video's, then audio's)
 
 t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts the clean x_hat; the losses
 live in velocity space: u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u.
@@ -61,7 +61,8 @@ class Config:
     shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
 
     def __post_init__(self):
-        if self.image % self.patch or self.sample_rate % (self.fps * self.step_sounds // self.step_frames):
+        if self.image % self.patch or (self.audio_dim * self.audio_tokens * self.fps
+                                       != self.sample_rate * self.step_frames):
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
         if self.width % self.heads or self.head_dim % 8:
             raise ValueError("width / heads must be a multiple of 8 (three axes share the rotary pairs)")
@@ -112,8 +113,7 @@ class AudioCodec:
     """Samples to companded MDCT tokens and back (our choice; the paper has an audio VAE). Token k covers
     samples [(k - 1) hop, (k + 1) hop) under a sine window, and neighbours cancel each other's aliases, so the
     transform is orthogonal, has no seams and looks back one hop only. The spectrum is companded, sign(c)
-    |c|^p, because its few high peaks would otherwise own the loss.
-    """
+    |c|^p, because its few high peaks would otherwise own the loss."""
 
     def __init__(self, cfg: Config):
         self.cfg, m = cfg, cfg.hop
@@ -153,7 +153,7 @@ class AudioCodec:
 
 
 def cut_branches(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent steps (B, S, E) -> the values of video (B, S, N video_dim) and of audio (B, S, N hop)."""
+    """Latent steps (B, S, E) -> the values of video (B, S, N video_dim) and of audio (B, S, N audio_dim)."""
     return z.split([cfg.video_values, cfg.audio_values], -1)
 
 
@@ -177,8 +177,7 @@ MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in 
 def warp(u, shift: float = 4.0):
     """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice). Pixel
     patches are redundant: at t = 0.25 a patch of 1536 values already gives itself away, so whatever is global
-    (whose face, which colours) is decided below it, and most steps must be spent there.
-    """
+    (whose face, which colours) is decided below it, and most steps must be spent there."""
     return u / (u + shift * (1 - u))
 
 
@@ -190,8 +189,8 @@ def time_grid(steps: int, shift: float = 4.0) -> Tensor:
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
-    """A time for each chunk and branch of x (B, S, E), as one of each value (B, S, E): logit-normal, warped
-    like the grids, and in half of the chunks one for both branches, as in sampling. In the others each has
+    """A time for each chunk and branch of x (B, S, E), repeated for each value, (B, S, E): logit-normal, and
+    warped like the grids; in half of the chunks one for both branches, as in sampling. In the others each has
     its own, so that either learns to follow the other (our choice: a mixture of noise levels)."""
     u = torch.sigmoid(1.2 * torch.randn(2, x.shape[0], x.shape[1] // chunk))
     u[1] = torch.where(torch.rand(u.shape[1:]) < 0.5, *u)
@@ -263,8 +262,7 @@ class StepEmbedding(nn.Module):
 
 class TextEmbedding(nn.Module):
     """The timed transcript, added to the tokens of its instant (our choice; the paper uses cross-attention).
-    A frame sees the symbols of cfg.margin frames before and after it: mouths move before a letter sounds.
-    """
+    A frame sees the symbols of cfg.margin frames before and after it: mouths move before a letter sounds."""
 
     def __init__(self, cfg: Config, tokens: int, instants: int):
         super().__init__()
@@ -284,8 +282,7 @@ def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
     """The 3-D rotary embedding: time (clock_ticks, head_dim / 4) and place (N, head_dim / 4), complex phases.
     The unit of time is a hop of sound. Every frequency is a whole number of turns a period (our choice), so
     positions are taken modulo the period, exactly, and stay bounded however long the film is. Half of a
-    head's pairs turn with time, half with height and width (a sound has no place: no turn).
-    """
+    head's pairs turn with time, half with height and width (a sound has no place: no turn)."""
     pairs = cfg.head_dim // 4
     turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64).round()
     time = 2 * math.pi / cfg.clock_ticks * (torch.arange(cfg.clock_ticks)[:, None] * turns % cfg.clock_ticks)
@@ -296,8 +293,9 @@ def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, gain: Tensor, phases: Tensor) -> Tensor:
-    """Scale queries and keys (B, n, 2, H, E) by gain (2, 1, E); turn their pairs by phases (n, E / 2)."""
-    pairs = torch.view_as_complex((x.float() * gain).unflatten(-1, (-1, 2)))
+    """QK-norm of queries and keys (B, n, 2, H, P), gain (2, 1, E), and their turn by phases (n, P / 2)."""
+    x_n = F.normalize(x.float(), dim=-1) * (gain * x.shape[-1] ** 0.5)
+    pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * phases[:, None, None]).flatten(-2).to(x.dtype)
 
 
@@ -307,8 +305,7 @@ def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q (B, H, ..., n, E), k, v (B, H, ..., m, E) and mask (..., n, m) -> (B, ..., n, H E)
-    """
+    """Softmax attention: q (B, H, .., n, P), k, v (B, H, .., m, P) and mask (.., n, m) -> (B, .., n, H P)."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu":           # 3 times faster than PyTorch's fused
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
@@ -332,10 +329,10 @@ class Side(nn.Module):
         self.offset = nn.Parameter(torch.zeros(6, 1, d))               # this block's own modulation
 
     def project(self, x: Tensor, change, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, H, S N, E)."""
+        """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, H, S N, P)."""
         x = self.qkv(normalise(x, *change[:2])).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
         gain = torch.stack([self.q_gain, self.k_gain])[:, None]
-        q, k = rotate(F.rms_norm(x[:, :, :2], x.shape[-1:]), gain, phases).movedim(1, 3).unbind(1)
+        q, k = rotate(x[:, :, :2], gain, phases).movedim(1, 3).unbind(1)
         return q, k, x[:, :, 2].transpose(1, 2)
 
     def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
@@ -364,13 +361,12 @@ class Branch(nn.Module):
         nn.init.zeros_(self.step.size[-1].weight)
 
     def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
-        """t, d (B, S), character (B,) -> for each block the shift, scale and gate of attention and then those
-        of the feed-forward; last the shift and scale of the head. Each (B, S, 1, D)."""
+        """t, d (B, S), character (B,) -> for each block the shift, 1 + scale and gate of attention and those
+        of the feed-forward; last the shift and 1 + scale of the head. Each (B, S, 1, D)."""
         condition = self.step(t, d, character)[:, :, None]
         shared, head = self.modulation(condition), self.head_modulation(condition)
         changes = [(shared.unflatten(-1, (6, -1)) + side.offset[:, 0]).unbind(-2) for side in self.sides]
         return [[x + (i % 3 == 1) for i, x in enumerate(change)] for change in (*changes, head.chunk(2, -1))]
-
 
 
 class Part(NamedTuple):
@@ -384,8 +380,7 @@ class Part(NamedTuple):
 class AudioVideoTransformer(nn.Module):
     """Two branches and one joint self-attention (section 3.1): noised latent steps in, clean ones out.
     forward() is the parallel form for training; step() is the streaming form, which reads a KVCache. Both run
-    the same trunk, differ only in what a token may attend to, and agree (the most important test).
-    """
+    the same trunk, differ only in what a token may attend to, and agree (the most important test)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -393,33 +388,38 @@ class AudioVideoTransformer(nn.Module):
         self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1)
         self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds)
         self.no_first = nn.Parameter(0.02 * torch.randn(cfg.video_tokens, cfg.width))   # when there is none
-        time, place = rotary_table(cfg)
-        self.register_buffer("time", time, persistent=False)
-        self.register_buffer("place", place, persistent=False)
+        self.time, self.place = rotary_table(cfg)                      # no buffers: they stay in fp32
 
     def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
         n = self.cfg.step_sounds
         ticks = steps[:, None] * n + torch.arange(n, device=steps.device)
-        time = self.time[ticks % self.cfg.clock_ticks]                 # (S, step_sounds, pairs)
-        place = self.place.expand(len(steps), -1, -1)                  # (S, N, pairs)
+        time = self.time.to(steps.device)[ticks % self.cfg.clock_ticks]   # (S, step_sounds, pairs)
+        place = self.place.to(steps.device).expand(len(steps), -1, -1)    # (S, N, pairs)
         audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
         return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
 
     def modulate(self, t: Tensor, d: Tensor, controls: Controls, branches=BRANCHES) -> dict:
-        """All that t, d (B, S, E or 1) and the character decide, by branch; the same for every chunk."""
+        """All that t, d (B, S, E or 1) and the character decide, by branch; the same for every chunk. The
+        first value of t and d is video's, the last one audio's."""
         return {n: getattr(self, n).modulate(t[..., i], d[..., i], controls.character)
                 for n, i in zip(BRANCHES, (0, -1)) if n in branches}
 
-    def text(self, controls: Controls, branches=BRANCHES) -> dict:
-        """What transcript and place add to the tokens, by branch; the same for all evaluations of a chunk."""
-        return {n: getattr(self, n).text(controls.symbols) + getattr(self, n).place for n in branches}
+    def script(self, controls: Controls, steps: Tensor, branches=BRANCHES) -> dict:
+        """All that the transcript and the latent steps (S,) in the film decide, by branch; the same for all
+        evaluations of a chunk: what is added to the tokens (B, S, N, D), and rotary phases (S N, P / 2)."""
+        return {n: (getattr(self, n).text(controls.symbols) + getattr(self, n).place, phases)
+                for n, phases in zip(BRANCHES, self.phases(steps)) if n in branches}
 
-    def parts(self, z: Tensor, steps: Tensor, changes: dict, text: dict) -> dict[str, Part]:
-        """Latent steps z (B, S, E), at steps (S,) of the film, with their modulation and their text."""
-        inputs = zip(BRANCHES, split(self.cfg, z.to(self.no_first)), self.phases(steps))
-        return {n: Part(getattr(self, n), getattr(self, n).embed(values) + text[n], changes[n], phases)
-                for n, values, phases in inputs if n in text}
+    def parts(self, z: Tensor, changes: dict, script: dict) -> dict[str, Part]:
+        """Latent steps z (B, k S, E), k times the same stretch of film, with their modulation and script."""
+        parts = {}
+        for n, values in zip(BRANCHES, split(self.cfg, z.to(self.no_first))):
+            if n in script:
+                branch, (text, phases), k = getattr(self, n), script[n], z.shape[1] // script[n][0].shape[1]
+                tokens = branch.embed(values) + text.repeat(1, k, 1, 1)
+                parts[n] = Part(branch, tokens, changes[n], phases.repeat(k, 1))
+        return parts
 
     def first(self, controls: Controls) -> Part:
         """The first frame, or what stands in for it: one clean, timeless latent step of video."""
@@ -427,7 +427,7 @@ class AudioVideoTransformer(nn.Module):
         tokens = torch.where(controls.has_first[:, None, None, None], first, self.no_first) + self.video.place
         one = torch.ones(len(tokens), 1, device=tokens.device)
         changes = self.video.modulate(one, 0 * one, controls.character)
-        return Part(self.video, tokens, changes, torch.cat([0 * self.place, self.place], -1))
+        return Part(self.video, tokens, changes, torch.cat([0 * self.place, self.place], -1).to(one.device))
 
     def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
         """All blocks. attend(layer, {name: (q, k, v)}) -> {name: seen} is what the two forms differ in."""
@@ -441,7 +441,7 @@ class AudioVideoTransformer(nn.Module):
 
     def predict(self, parts: dict[str, Part], tokens: dict[str, Tensor], s: int) -> Tensor:
         """The last s latent steps of the trunk's tokens -> x_hat (B, s, E), zeros for an absent branch."""
-        empty = self.place.real.new_zeros(len(next(iter(tokens.values()))), s, self.cfg.step_values)
+        empty = self.no_first.new_zeros(len(next(iter(tokens.values()))), s, self.cfg.step_values).float()
         out = dict(zip(BRANCHES, cut_branches(self.cfg, empty)))
         for n in set(BRANCHES) & set(parts):
             change = (x[:, -s:] for x in parts[n].changes[-1])
@@ -452,32 +452,31 @@ class AudioVideoTransformer(nn.Module):
                 chunk: int | None = None, branches=BRANCHES) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
 
-        x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only
-        itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a bidirectional
-        model). branches: one alone is the unimodal model of stage 1.
-        """
+        x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only the
+        first frame and itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a
+        bidirectional model). branches: one alone is the unimodal model of stage 1."""
         cfg, (b, s) = self.cfg, x_t.shape[:2]
         chunk = chunk or cfg.chunk
         assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
         assert controls.symbols.shape == (b, s * cfg.step_frames + 2 * cfg.margin), controls.symbols.shape
-        steps, t, d = torch.arange(s, device=x_t.device), t.expand(b, s, -1), d.expand(b, s, -1)
+        t, d = t.expand(b, s, -1), d.expand(b, s, -1)
         if history is not None:                                        # [history at t = 1, d = 0 | noisy]
-            x_t, steps = torch.cat([history, x_t], 1), torch.cat([steps, steps])
+            x_t = torch.cat([history, x_t], 1)
             t, d = torch.cat([torch.ones_like(t), t], 1), torch.cat([torch.zeros_like(d), d], 1)
-        text = {n: x.repeat(1, len(steps) // s, 1, 1) for n, x in self.text(controls, branches).items()}
-        parts = self.parts(x_t, steps, self.modulate(t, d, controls, branches), text)
+        script = self.script(controls, torch.arange(s, device=x_t.device), branches)
+        parts = self.parts(x_t, self.modulate(t, d, controls, branches), script)
         if "video" in branches:
             parts["first"] = self.first(controls)
         band = Band(cfg.window if history is not None else 0, s // chunk, parts, x_t.device)
         return self.predict(parts, self.trunk(parts, band), s)
 
     @torch.no_grad()
-    def step(self, x_t: Tensor, changes: dict, text: dict, cache: "KVCache") -> Tensor:
-        """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) -> x_hat, with changes from
-        modulate() and text from text(Controls.chunk). The cache is read; commit() keeps the chunk."""
-        s = x_t.shape[1]
-        parts = self.parts(x_t, cache.count * s + torch.arange(s, device=x_t.device), changes, text)
-        return self.predict(parts, self.trunk(parts, cache.attend), s)
+    def step(self, x_t: Tensor, changes: dict, script: dict, cache: "KVCache", keep: bool = False):
+        """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) -> x_hat; changes of
+        modulate(), script of script(). keep: x_t is finished, at t = 1, d = 0; the cache takes it."""
+        parts = self.parts(x_t, changes, script)
+        tokens = self.trunk(parts, cache.attend)
+        return cache.commit() if keep else self.predict(parts, tokens, x_t.shape[1])
 
     @torch.no_grad()
     def start(self, controls: Controls, window: int | None = None) -> "KVCache":
@@ -503,8 +502,7 @@ class Band:
     The sink is the first frame (or what stands in for it) and chunk 0 once more. Both are timeless: the half
     of their keys that turns with time is zero, so they look the same from any distance, and a stream of any
     length has no position that training never saw (our choice). Only the band is computed: a chunk's rows of
-    both kinds together read [first | sink | W chunks before | its history rows | its noisy rows].
-    """
+    both kinds together read [first | sink | W chunks before | its history rows | its noisy rows]."""
 
     def __init__(self, window: int, chunks: int, parts: dict[str, Part], device):   # window 0: no history
         self.window, self.chunks, self.kinds = window, chunks, 2 if window else 1
@@ -519,7 +517,7 @@ class Band:
         self.mask = torch.cat([seen, itself], 2).bool().to(device)     # (C, rows, columns)
 
     def columns(self, first: Tensor | None, rows: Tensor, sink) -> Tensor:
-        """Keys or values (B, H, kinds, C, n, E) -> all that a chunk's rows read, (B, H, C, columns, E)."""
+        """Keys or values (B, H, kinds, C, n, P) -> all that a chunk's rows read, (B, H, C, columns, P)."""
         history, spread = rows[:, :, 0], (-1, -1, self.chunks, -1, -1)
         columns = [] if first is None else [first[:, :, None].expand(spread)]
         if self.window:
@@ -531,7 +529,7 @@ class Band:
     def __call__(self, layer: int, parts: dict) -> dict[str, Tensor]:
         q0, k0, v0 = parts.get("first", (None, None, None))
         rows = zip(*([x.unflatten(2, (self.kinds, self.chunks, -1)) for x in parts[n]] for n in self.names))
-        q, k, v = (torch.cat(x, 4) for x in rows)                      # (B, H, kinds, C, rows, E)
+        q, k, v = (torch.cat(x, 4) for x in rows)                      # (B, H, kinds, C, rows, P)
         q = q.transpose(2, 3).flatten(3, 4)
         k, v = self.columns(k0, k, timeless), self.columns(v0, v, lambda x: x)
         seen = attention(q, k, v, self.mask).unflatten(2, (self.kinds, -1)).transpose(1, 2)
@@ -540,7 +538,7 @@ class Band:
 
 
 def timeless(k: Tensor) -> Tensor:
-    """Keys (..., E) without the half that turns with time."""
+    """Keys (..., P) without the half that turns with time."""
     return torch.cat([torch.zeros_like(k[..., :k.shape[-1] // 2]), k[..., k.shape[-1] // 2:]], -1)
 
 
@@ -549,8 +547,7 @@ class KVCache:
     layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
     pass and reads the rest; commit() copies the desk into the ring's oldest place and, after chunk 0, into
     the sink. Phases are periodic, so keys are stored turned and never touched again; the ring fills from the
-    left, so what may be seen is always one slice, without a mask.
-    """
+    left, so what may be seen is always one slice, without a mask."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
         self.window = cfg.window if window is None else window
@@ -592,9 +589,8 @@ class KVCache:
 # The denoising loop and the streaming sampler.
 
 def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
-    """The one denoising loop: from x at times[0] to times[-1], not falling; returns the state at every time.
-    predict(x_t, k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E).
-    """
+    """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
+    k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E), which never fall."""
     states = [x]
     for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):
         x = x + displacement(predict(x, k), x, t, d)
@@ -607,10 +603,9 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
              real: Tensor | None = None, given: int = 0, forced: bool = False):
     """Make a film through the cache; a generator that yields the states (see denoise) of each chunk. Few-step
     mode tells the network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0).
-    controls.symbols cover all chunks. guidance > 1 runs a second, uncontrolled cache in the same batch.
+    controls.symbols cover all chunks. guidance but 1 runs a second, uncontrolled cache in the same batch.
     Training gives real (B, S, E): its first `given` chunks stand as they are; the others begin from it,
-    noised to times[0] (nothing of it where that is 0); if forced, the cache keeps it (teacher forcing).
-    """
+    noised to times[0] (nothing of it where that is 0); if forced, the cache keeps it (teacher forcing)."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
     times, rows = times.to(device), 1 if guidance == 1 else 2
     if guidance != 1:
@@ -619,20 +614,20 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     sizes = torch.cat([times.diff(dim=0) * few, 0 * times[:1]])        # and at last, at t = 1, the commit
     *changes, clean = [model.modulate(*moment, controls) for moment in zip(times, sizes)]
     for index in range(chunks):
-        text = model.text(controls.chunk(cfg, index))
+        steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
+        script = model.script(controls.chunk(cfg, index), steps)
         x = torch.randn(b, cfg.chunk, cfg.step_values, generator=generator).to(device)
         if real is not None:
             truth = real.unflatten(1, (-1, cfg.chunk))[:, index]
             x = add_noise(truth, x, times[0])
 
         def predict(x_t, k):
-            x_hat, *null = model.step(x_t.repeat(rows, 1, 1), changes[k], text, cache).chunk(rows)
+            x_hat, *null = model.step(x_t.repeat(rows, 1, 1), changes[k], script, cache).chunk(rows)
             return torch.lerp(null[0], x_hat, guidance) if null else x_hat
 
         states = [truth] * len(times) if index < given else denoise(predict, x, times)
         yield states
-        model.step((truth if forced else states[-1]).repeat(rows, 1, 1), clean, text, cache)
-        cache.commit()
+        model.step((truth if forced else states[-1]).repeat(rows, 1, 1), clean, script, cache, keep=True)
 
 
 def spell(text: str, frames: int = 3) -> list[int]:
@@ -655,8 +650,9 @@ def film_controls(cfg: Config, chunks: int, transcript=None, character=None, fir
         raise ValueError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
     who = torch.tensor([names.index(character) if character in names else character])
     frame = torch.zeros(cfg.image, cfg.image, 3) if first_frame is None else torch.as_tensor(first_frame)
-    if frame.shape != (cfg.image, cfg.image, 3):
-        raise ValueError(f"the first frame must be {cfg.image} x {cfg.image} x 3, not {tuple(frame.shape)}")
+    if frame.shape != (cfg.image, cfg.image, 3) or first_frame is not None and frame.dtype != torch.uint8:
+        raise ValueError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3, not {frame.dtype}, "
+                         f"{tuple(frame.shape)}")
     first = VideoCodec(cfg).encode(frame.expand(1, cfg.step_frames, -1, -1, -1))
     return Controls(symbols, who, first, torch.tensor([first_frame is not None]))
 
@@ -668,8 +664,8 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     transcript: text, or one symbol per frame (cfg.symbols = unknown); None lets the character babble.
     character: a name or its index. first_frame: uint8 (H, W, 3). mode: "few" large steps or "multi" small
     ones. The sound of the first yield is one hop short, the last one brings that hop: together they last
-    exactly the frames' time. Memory does not grow with seconds. Raises ValueError for impossible settings.
-    """
+    exactly the frames' time. Memory does not grow with seconds. Raises ValueError for impossible settings,
+    when the first chunk is asked for."""
     cfg = model.cfg
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
@@ -688,7 +684,8 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
         picture = video_codec.decode(video)[0, :frames].cpu().numpy()
         frames -= len(picture)
-        samples = torch.cat([samples[0, early:], tail[0][:0 if frames else None]])[:rest].cpu().numpy()
+        samples = samples[0, early:] if frames else torch.cat([samples[0, early:], tail[0]])
+        samples = samples[:rest].cpu().numpy()
         rest -= len(samples)
         yield picture, samples
 
@@ -707,18 +704,17 @@ def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history
            guidance: Tensor | float, chunk: int | None = None) -> Tensor:
     """Parallel x_hat, away from the uncontrolled one; guidance: a number, or one a latent step (B, S, 1)."""
     x_hat = model(x_t, t, d, controls, history, chunk)
-    if isinstance(guidance, float) and guidance == 1:
+    if not torch.is_tensor(guidance) and guidance == 1:
         return x_hat
     null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
-    return torch.lerp(null, x_hat, torch.as_tensor(guidance, device=x_t.device))
+    return torch.lerp(null, x_hat, torch.as_tensor(guidance).to(x_t))
 
 
 def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Controls, *, made=None,
                        chunk: int | None = None, branches=BRANCHES) -> tuple[Tensor, dict]:
     """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
     On self-made films, at the latent steps made (S,), it trains the fake-score model. logs: the loss by
-    branch, and by noise level (between the times of a grid of 4, noise first).
-    """
+    branch, and by noise level (between the times of a grid of 4, noise first)."""
     cfg = model.cfg
     t = draw_times(cfg, x, chunk or cfg.chunk)
     x_t = add_noise(x, torch.randn_like(x), t)
@@ -733,17 +729,16 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
 
 
 def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
-                  guidance: float = 1.0, parts=(4, 8)) -> tuple[Tensor, dict]:
+                  guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
     """One large step must land where two half steps do (ShortCut, section 3.3). Warped time is cut in 4 or 8,
     the spans that 4 and 8 evaluations use (our choice: longer ones wreck both modes). Half steps of the
     shortest spans are the teacher's multi-step mode, guided; those of longer spans its few-step mode. The
-    error is that of x_hat, (1 - t)^2 times the velocity's, which explodes near data.
-    """
+    error is that of x_hat, (1 - t)^2 times the velocity's, which explodes near data."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
-    cut = torch.tensor(parts)[torch.randint(len(parts), (b, s // cfg.chunk))]                  # (B, C)
+    cut = torch.tensor(cuts)[torch.randint(len(cuts), (b, s // cfg.chunk))]                  # (B, C)
     begin = (torch.rand(cut.shape) * cut).floor() / cut
     times = torch.stack([warp(begin + half / cut, cfg.shift) for half in (0, 0.5, 1)])         # (3, B, C)
-    times, longer = (v.repeat_interleave(cfg.chunk, -1)[..., None].to(x) for v in (times, cut < max(parts)))
+    times, longer = (v.repeat_interleave(cfg.chunk, -1)[..., None].to(x) for v in (times, cut < max(cuts)))
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
     with torch.no_grad():
@@ -762,8 +757,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     states: all states of the sampler on times, made on the history without gradient; made (S,) says which
     latent steps are its own. One step k is drawn and taken again with gradient, at the sampler's
     own d_k, so that every step it takes is trained and no other (our choice). chunk: None, or the whole clip,
-    with which both scores are bidirectional and see no history (Self-Forcing's teacher).
-    """
+    with which both scores are bidirectional and see no history (Self-Forcing's teacher)."""
     cfg = model.cfg
     chunk, seen = (cfg.chunk, history) if chunk is None else (chunk, None)
     k = int(torch.randint(len(times) - 1, ()))
@@ -783,6 +777,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
 
 
+@torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache without gradient:
     all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one to
@@ -802,8 +797,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     the model's slow copy, whose multi-step mode teaches (our choice: EMA weights). real: DMD's real score,
     the teacher itself or Self-Forcing's, whose chunk is then score_chunk. fake: the online fake-score model.
     history: "few" is self-made, "real" teacher forcing. The rows are divided among the objectives: a step
-    costs one pass of the student. Returns the weighted losses by term; fake has its own optimizer.
-    """
+    costs one pass of the student. Returns the weighted losses by term; fake has its own optimizer."""
     cfg, b = model.cfg, len(x)
     times = time_grid(steps, cfg.shift).to(x.device)
     weights = {"flow": 1.0} | ({"shortcut": shortcut} if shortcut else {}) | ({"dmd": dmd} if dmd else {})
@@ -811,7 +805,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
             for i, name in enumerate(weights)}
     said = {name: Controls(*(c[r] for c in controls)) for name, r in rows.items()}
 
-    # 1. The few-step mode rolls out the history, without gradient. DMD's films are all its own. The others
+    # 1. The few-step mode rolls out the history, without gradient. DMD's films begin from noise. The others
     #    begin each chunk from the real one, noised to a time of the grid: so the errors are the model's own,
     #    the content is the clip's (our choice: a history that wanders makes the real chunk an unfair target).
     past = {name: x[r] for name, r in rows.items()}

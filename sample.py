@@ -4,6 +4,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -236,7 +237,7 @@ def to_films(films: list[train.Film], cfg: Config) -> Films:
 
 @torch.inference_mode()
 def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: float, babble: bool,
-           seed: int = 0, batch: int = 16) -> Films:
+           window: int | None = None, seed: int = 0, batch: int = 16) -> Films:
     """Let a model make the films anew from their controls; every second one is given the first frame too."""
     cfg, made = model.cfg, []
     _, controls = train.encode_films(cfg, films)
@@ -251,7 +252,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
         generator = torch.Generator().manual_seed(seed + start)
         frames, tokens = [], []
         for states in generate(model, some, chunks, time_grid(steps, cfg.shift), few=few, guidance=guidance,
-                               generator=generator):
+                               window=window, generator=generator):
             video, audio = split(cfg, states[-1])
             frames.append(VideoCodec(cfg).decode(video).cpu())
             tokens.append(audio.reshape(len(audio), -1, cfg.hop).cpu())
@@ -263,7 +264,8 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
 
 def evaluate(args) -> dict:
     """Score checkpoints in both modes, spoken and babbling, beside ground truth and shuffled sound."""
-    models = [(str(path), *load_checkpoint(path)) for path in args.evaluate]
+    models = [(str(path), train.in_precision(load_checkpoint(path)[0].to(args.device),
+                                             args.precision or "fp32")) for path in args.evaluate]
     cfg = models[0][1].cfg
     ruler = Ruler(cfg)
     talkers, others = (held_out(cfg, args.talkers, args.seconds, kind) for kind in (0, 1))
@@ -281,11 +283,10 @@ def evaluate(args) -> dict:
     for control in ("spoken", "babbling"):
         add(truth, control, "ground truth")
         add(truth._replace(samples=np.roll(truth.samples, 1, 0)), control, "shuffled sound")
-        for name, model, _ in models:
-            train.in_precision(model.to(args.device), args.precision)
+        for name, model in models:
             for mode, steps in settings:
                 films = remake(model, talkers, few=mode == "few", steps=steps, guidance=args.guidance,
-                               babble=control == "babbling", seed=args.seed)
+                               babble=control == "babbling", window=args.window, seed=args.seed)
                 add(films, control, name, mode, steps, args.guidance)
     return {"windows": WINDOWS, "rows": rows}
 
@@ -418,17 +419,17 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
     cfg, device = model.cfg, model.no_first.device
     settings = {"batch": batch, "mode": mode, "steps": steps, "guidance": guidance, "cache": cache}
     with train.Products() as products:
-        for index, _ in enumerate(films_of(model, cfg.window + 3, **settings)):
-            if index == cfg.window + 1:                    # of a chunk after a full window: the last one
+        for index, _ in zip(range(cfg.window + 3), films_of(model, cfg.window + 3, **settings)):
+            if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
-    tail, times = None, [train.clock(device)]
     with tempfile.TemporaryDirectory() as folder:
-        writer = FilmWriter(Path(folder) / "film.mp4", cfg)
+        writer, codec, tail = FilmWriter(Path(folder) / "film.mp4", cfg), AudioCodec(cfg), None
+        times = [train.clock(device)]
         for states in films_of(model, round(seconds / cfg.chunk_seconds), **settings):
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
             frames = VideoCodec(cfg).decode(video).cpu().numpy()
-            samples, tail = AudioCodec(cfg).decode_next(audio.reshape(batch, -1, cfg.hop), tail)
+            samples, tail = codec.decode_next(audio.reshape(batch, -1, cfg.hop), tail)
             times.append(train.clock(device))
             writer.add(frames[0], samples[0].cpu().numpy())
             times.append(train.clock(device))
@@ -528,24 +529,23 @@ def make_film(args) -> tuple[dict, int]:
     train.in_precision(model.to(args.device), args.precision)
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
-    writer, out, code, first = FilmWriter(args.out, cfg), args.out, 0, None
+    writer, out, code, first, stop = FilmWriter(args.out, cfg), args.out, 0, None, []
+    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))
     try:
-        chunks = stream(model, **settings)
         bar = tqdm(total=round(settings["seconds"] * cfg.fps), unit="frame", disable=None)
-        try:
-            for frames, samples in chunks:
-                first = first or time.perf_counter() - loaded
-                writer.add(frames, samples)
-                bar.update(len(frames))
-        except KeyboardInterrupt:
-            code = 130
+        for frames, samples in stream(model, **settings):
+            first = first or time.perf_counter() - loaded
+            writer.add(frames, samples)
+            bar.update(len(frames))
+            if stop:                                       # whole chunks only: a film cut short is playable
+                code = 130
+                break
         bar.close()
-        if code and not writer.frames:
-            raise UserError("interrupted before the first chunk; nothing was written")
         if code and out.exists():
             writer.out = out = out.with_stem(out.stem + "-interrupted")
         writer.finish(said)
     finally:
+        signal.signal(signal.SIGINT, before)
         writer.close()
     spent = time.perf_counter() - loaded
     seconds = writer.frames / cfg.fps
@@ -590,6 +590,8 @@ def run(args) -> int:
         args.seconds = args.seconds or 25.0
         if args.talkers < 2 or args.seconds < WINDOWS[0][1]:
             raise UserError(f"--evaluate needs at least 2 talkers and {WINDOWS[0][1]} seconds")
+        if args.steps is not None and not 1 <= args.steps <= 1000:
+            raise UserError("--steps must be between 1 and 1000")
         args.few_steps = args.steps or 4
         args.multi_steps = args.steps if args.steps and args.mode == "multi" else 50
         result = evaluate(args)

@@ -4,15 +4,14 @@ minutes.
 """
 import argparse
 import copy
+import dataclasses
 import json
-import math
 import platform
 import resource
 import signal
 import sys
 import time
 import timeit
-from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -306,7 +305,7 @@ def talker_batch(cfg: Config, seed: int, stage: int, step: int, batch: int, seco
     frames = round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
     films = [talk(cfg, np.random.default_rng([seed, stage, step, row]), frames) for row in range(batch)]
     x, controls = encode_films(cfg, films)
-    return x, drop_controls(cfg, controls, np.random.default_rng([seed, stage, step]))
+    return x, drop_controls(cfg, controls, np.random.default_rng([seed, stage, step, batch]))   # no row's own
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -354,8 +353,8 @@ class State:
         return {name: net for name in ("model", "ema", "fake") if (net := getattr(self, name))}
 
     def save(self, path: Path, args) -> None:
-        save_file(path, {"format": FORMAT, "config": asdict(self.model.cfg), "settings": settings_of(args),
-                         "stage": self.stage, "step": self.step,
+        save_file(path, {"format": FORMAT, "config": dataclasses.asdict(self.model.cfg),
+                         "settings": settings_of(args), "stage": self.stage, "step": self.step,
                          "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                          **{name: net.state_dict() for name, net in self.networks().items()}})
 
@@ -370,7 +369,7 @@ class State:
 def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
     names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "shortcut", "dmd",
-             "guidance", "whole", "init", "teacher")
+             "guidance", "whole", "init", "teacher", "fp32")
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 
 
@@ -574,7 +573,7 @@ def markdown(rows: list[dict]) -> str:
 def benchmark(args, cfg: Config) -> dict:
     """Seconds of one step of each stage, of the parts of stage 3 on their share of the rows, and of
     Self-Forcing's recipe, each beside its matrix products alone; memory is the most so far."""
-    rows, device, args.seconds = [], args.device, args.seconds[:1]
+    rows, device, args.seconds, args.dmd = [], args.device, args.seconds[:1], 1 / 3
     model = AudioVideoTransformer(cfg).to(device)
 
     def add(what: str, function):
@@ -652,22 +651,30 @@ def configure(args) -> Config:
             raise TrainingError(f"--{name} must be more than 0")
     if not 0 <= args.seed < 10 ** 6:
         raise TrainingError("--seed must be between 0 and 999999")
-    fields = {}
+    fields, known = {}, {field.name: type(field.default) for field in dataclasses.fields(Config)}
     for text in args.config:
         name, _, value = text.partition("=")
-        if name not in Config.__dataclass_fields__ or not value.replace(".", "").isdigit():
-            known = ", ".join(Config.__dataclass_fields__)
-            raise TrainingError(f"--config {text}: not FIELD=NUMBER with a field of {known}")
-        fields[name] = float(value) if "." in value else int(value)
+        if known.get(name) not in (int, float):
+            raise TrainingError(f"--config {text}: not FIELD=NUMBER with a field of {', '.join(known)}")
+        try:
+            fields[name] = known[name](value)
+        except ValueError:
+            raise TrainingError(f"--config {text}: {value!r} is no {known[name].__name__}") from None
     try:
         cfg = Config(**fields)
-    except ValueError as error:
+    except (ValueError, ZeroDivisionError) as error:
         raise TrainingError(f"--config: {error}") from None
+    if cfg.step_sounds != 2 * cfg.step_frames:
+        raise TrainingError("--config: the talker's sound needs step_sounds = 2 step_frames")
+    if args.whole and args.stage in ("mutual", "all"):
+        raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
     if min(args.seconds) < 2 * cfg.chunk_seconds or max(args.seconds) > cfg.clock / 2:
         raise TrainingError(f"--seconds must be between {2 * cfg.chunk_seconds} and {cfg.clock / 2}")
     args.real, args.real_whole = None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
+        if args.real.cfg.step_values != cfg.step_values:
+            raise TrainingError(f"{args.teacher}: its picture or sound has another size")
         args.real.to(args.device)
         args.real_whole = bool(extra.get("whole"))
     return cfg
@@ -689,6 +696,8 @@ def run(args) -> None:
         return
     model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(
         Config(**content["config"]) if content else cfg)
+    if args.config and model.cfg != cfg:
+        raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     args.out.mkdir(parents=True, exist_ok=True)
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
