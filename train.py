@@ -320,7 +320,7 @@ class StageDefaults(NamedTuple):
 
 
 STAGES = {"video": StageDefaults(500, 1e-3, 0.999), "audio": StageDefaults(600, 1e-3, 0.999),
-          "joint": StageDefaults(6000, 1e-3, 0.999), "mutual": StageDefaults(300, 1e-4, 0.99)}
+          "joint": StageDefaults(13000, 1e-3, 0.999), "mutual": StageDefaults(200, 1e-4, 0.99)}
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.0, 1.5],
         "save": 12}
 
@@ -533,7 +533,8 @@ def peak_memory(device) -> int:
     """The most memory held so far, in MiB: of the device, or of this process."""
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))            # bytes there, KiB here
 
 
 def machine(device) -> str:
@@ -620,7 +621,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", nargs="+", default=[], metavar="FIELD=N", help="sizes of a new model, see Config")
     add("--steps", type=int, help=f"of each stage; default {default['steps']}")
     add("--batch", type=int, default=8, help="clips of the first length in a step")
-    add("--seconds", type=float, nargs="+", default=[1.5, 1.5, 2.5], help="lengths of clips, taking turns")
+    add("--seconds", type=float, nargs="+", default=[1.5, 1.5, 3.0], help="lengths of clips, taking turns")
     add("--lr", type=float, help=f"learning rate; default {default['lr']}")
     add("--history", choices=("real", "few"), default="few", help="stage 3: few = self-made")
     add("--shortcut", type=float, default=2 / 3, help="stage 3: weight of ShortCut")
