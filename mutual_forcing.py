@@ -603,7 +603,7 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
              real: Tensor | None = None, given: int = 0, forced: bool = False):
     """Make a film through the cache; a generator that yields the states (see denoise) of each chunk. Few-step
     mode tells the network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0).
-    controls.symbols cover all chunks. Guidance, unless 1, runs a second, uncontrolled cache in the same batch.
+    controls.symbols cover all chunks. Guidance, unless 1, runs a second, uncontrolled cache in that batch.
     Training gives real (B, S, E): its first `given` chunks stand as they are; the others begin from it,
     noised to times[0] (nothing of it where that is 0); if forced, the cache keeps it (teacher forcing)."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
