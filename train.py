@@ -293,7 +293,7 @@ def encode_films(cfg: Config, films: list[Film]) -> tuple[torch.Tensor, Controls
 
 def drop_controls(cfg: Config, controls: Controls, rng: np.random.Generator) -> Controls:
     """Each control of each film is unknown now and then, so that guidance and free babbling both work."""
-    keep = torch.from_numpy(rng.random((3, len(controls.character))) >= np.array([[0.35], [0.3], [0.5]]))
+    keep = torch.from_numpy(rng.random((3, len(controls.character))) >= np.array([[0.45], [0.3], [0.5]]))
     null = controls.dropped(cfg)
     return Controls(torch.where(keep[0, :, None], controls.symbols, null.symbols),
                     torch.where(keep[1], controls.character, null.character), controls.first, keep[2])
