@@ -155,8 +155,7 @@ class AudioCodec:
 
     def expand(self, z: Tensor) -> Tensor:
         """Inverse of compress."""
-        z = z / self.cfg.sound_scale
-        return z.sign() * z.abs() ** (1 / self.cfg.compand)
+        return z.sign() * (z.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
 
 
 def cut_branches(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
