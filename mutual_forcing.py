@@ -53,7 +53,7 @@ class Config:
     bands: int = 2               # audio tokens of one hop: low and high half of its spectrum
     compand: float = 0.35        # exponent that tames the peaks of the sound's spectrum
     sound_scale: float = 6.4     # brings the companded spectrum to about unit variance
-    chunk: int = 2               # latent steps made at a time
+    chunk: int = 4               # latent steps made at a time: half a second
     window: int = 2              # W, chunks of history seen beside the sink: in longer ones errors add up
     symbols: int = 27            # letters of the transcript and silence; one more stands for "unknown"
     margin: int = 4              # frames of transcript seen before and after a chunk

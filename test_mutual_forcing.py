@@ -24,7 +24,7 @@ import train
 from mutual_forcing import AudioCodec, AudioVideoTransformer, Config, Controls, VideoCodec
 
 HERE = Path(__file__).parent
-TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, window=2)
+TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, chunk=2, window=2)
 
 
 @pytest.fixture(autouse=True)
@@ -498,7 +498,7 @@ def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
 
 
 def test_one_batch_can_be_overfitted():
-    cfg = Config(width=64, layers=2, heads=1)
+    cfg = Config(width=64, layers=2, heads=1, chunk=2)
     model = AudioVideoTransformer(cfg)
     x, controls = train.encode_films(cfg, [train.talk(cfg, np.random.default_rng(i), 8) for i in range(2)])
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
@@ -526,7 +526,7 @@ def test_unimodal_training_leaves_the_other_branch_alone():
 
 # Training runs
 
-TRAIN = ["--config", "width=32", "layers=1", "heads=1", "--batch", "3", "--seconds", "0.5", "1",
+TRAIN = ["--config", "width=32", "layers=1", "heads=1", "chunk=2", "--batch", "3", "--seconds", "0.5", "1",
          "--save", "2", "--fp32", "--device", "cpu"]
 
 
@@ -771,7 +771,7 @@ def test_interrupted_sampling_keeps_a_playable_film(kind, small_checkpoint, tmp_
     add = sample.FilmWriter.add
 
     def cut(writer, frames, samples):
-        if writer.frames == 12:
+        if writer.frames == 8:
             os.kill(os.getpid(), signal.SIGINT)            # while a chunk is being written
         add(writer, frames, samples)
 
