@@ -8,7 +8,6 @@ a film chunk by chunk and keeps the chunks already made in a cache. One set of w
 stage 2 couples them on real history. In each step of stage 3, Mutual Forcing, the few-step mode rolls out a
 history, and the multi-step mode learns the real chunk given that history. Then the multi-step mode, frozen,
 teaches the few-step mode, by ShortCut (a step lands where two half steps do) and DMD (distribution matching).
-So each mode makes the other better, and no bidirectional teacher is needed.
 
 Axes                                          Symbols
   B  films in a batch                           x    clean latents          x_t  noised latents
@@ -20,6 +19,8 @@ Axes                                          Symbols
 t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts the clean x_hat; the losses
 live in velocity space: u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u.
 """
+import hashlib
+import io
 import math
 import os
 from dataclasses import asdict, dataclass
@@ -38,8 +39,7 @@ SILENCE = 26
 
 @dataclass(frozen=True)
 class Config:
-    """Every size of the method. Stored in checkpoints as a plain dict; the scripts override fields by name.
-    The paper has 7B parameters a branch behind pretrained VAEs; the sizes here are our choice: one laptop."""
+    """Every size of the method, our choice: for a laptop (the paper: 7B a branch behind pretrained VAEs)."""
     width: int = 192             # D, values of a token
     layers: int = 6              # blocks, each with a video and an audio side
     heads: int = 3               # H, heads of the joint self-attention
@@ -62,6 +62,9 @@ class Config:
     shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
 
     def __post_init__(self):
+        sizes = [x for x in asdict(self).values() if not isinstance(x, tuple)]
+        if not all(0 < x < 2 ** 20 for x in sizes) or self.layers > 999 or self.clock_ticks >= 2 ** 20:
+            raise ValueError("a size is not positive, or beyond all use")
         if self.image % self.patch or (self.audio_dim * self.audio_tokens * self.fps
                                        != self.sample_rate * self.step_frames):
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
@@ -102,7 +105,6 @@ class VideoCodec:
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 (B, F, image, image, 3), F a multiple of step_frames -> (B, S, N, video_dim)."""
         cfg, b = self.cfg, len(frames)
-        assert frames.shape[1] % cfg.step_frames == 0 and frames.shape[2:] == (cfg.image, cfg.image, 3)
         x = frames.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
         x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(5).flatten(2, 3).float() / 127.5 - 1
         return (self.basis.to(x.device) @ x).flatten(3)                # (B, S, N, step_frames, 3 patch^2)
@@ -385,8 +387,7 @@ class Part(NamedTuple):
 
 class AudioVideoTransformer(nn.Module):
     """Two branches and one joint self-attention (section 3.1): noised latent steps in, clean ones out.
-    forward() is the parallel form for training; step() is the streaming form, which reads a KVCache. Both run
-    the same trunk, differ only in what a token may attend to, and agree (the most important test)."""
+    forward() is the parallel form for training, step() the streaming form with a KVCache; the two agree."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -457,14 +458,12 @@ class AudioVideoTransformer(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None = None,
                 chunk: int | None = None, branches=BRANCHES) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
-
         x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only the
         first frame and itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a
         bidirectional model). branches: one alone is the unimodal model of stage 1."""
         cfg, (b, s) = self.cfg, x_t.shape[:2]
         chunk = chunk or cfg.chunk
         assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
-        assert controls.symbols.shape == (b, s * cfg.step_frames + 2 * cfg.margin), controls.symbols.shape
         t, d = t.expand(b, s, -1), d.expand(b, s, -1)
         if history is not None:                                        # [history at t = 1, d = 0 | noisy]
             x_t = torch.cat([history, x_t], 1)
@@ -556,14 +555,13 @@ class KVCache:
     left, so what may be seen is always one slice, without a mask."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
-        self.window = cfg.window if window is None else window
+        self.window, self.count = cfg.window if window is None else window, 0   # count: chunks committed
         if not 1 <= self.window <= cfg.window:
             raise ValueError(f"window must be between 1 and {cfg.window} chunks, the most seen in training")
         self.desk = desk = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)
         self.first = slice(desk, desk + cfg.video_tokens)
         self.sink = slice(self.first.stop, self.first.stop + desk)     # and then the ring
         self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
-        self.count = 0                                                 # chunks committed so far
 
     def attend(self, layer: int, parts: dict) -> dict[str, Tensor]:
         """The chunk at work sees itself and all that has been committed and not evicted."""
@@ -577,17 +575,17 @@ class KVCache:
         """The first frame sees only itself, and stays."""
         q, k, v = parts["first"]
         if layer == 0:
-            self.k, self.v = k.new_zeros(self.shape)                   # on its device, in its precision
+            self.k, self.v = self.kv = k.new_zeros(self.shape)         # on its device, in its precision
         self.k[layer, :, :, self.first], self.v[layer, :, :, self.first] = k, v
         return {"first": attention(q, k, v)}
 
     def commit(self) -> None:
         """Keep the chunk on the desk. Call it after a pass over the finished chunk at t = 1, d = 0."""
         start = self.sink.stop + self.count % self.window * self.desk
-        k, v = self.k[:, :, :, :self.desk], self.v[:, :, :, :self.desk]
-        self.k[:, :, :, start:start + self.desk], self.v[:, :, :, start:start + self.desk] = k, v
+        desk = self.kv[..., :self.desk, :]
+        self.kv[..., start:start + self.desk, :] = desk
         if self.count == 0:
-            self.k[:, :, :, self.sink], self.v[:, :, :, self.sink] = timeless(k), v
+            self.k[..., self.sink, :], self.v[..., self.sink, :] = timeless(desk[0]), desk[1]
         self.count += 1
 
 
@@ -607,15 +605,15 @@ def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
 def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool = True,
              guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
              real: Tensor | None = None, given: int = 0, forced: bool = False):
-    """Make a film through the cache; a generator that yields the states (see denoise) of each chunk. Few-step
-    mode tells the network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0).
-    controls.symbols cover all chunks. Guidance, unless 1, runs a second, uncontrolled cache in that batch.
-    Training gives real (B, S, E): its first `given` chunks stand as they are; the others begin from it,
-    noised to times[0] (nothing of it where that is 0); if forced, the cache keeps it (teacher forcing)."""
+    """Make a film through the cache; yields the states (see denoise) of each chunk. Few-step mode tells the
+    network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0). Guidance other
+    than 1 runs a second, uncontrolled cache. Training gives real (B, S, E): its first `given` chunks stand,
+    the others begin from it, plus the mean error of the chunk before, noised to times[0] (where that is 0,
+    from noise): errors add up as in a stream, the content is the clip's. forced: the cache keeps real."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
-    times, rows = times.to(device), 1 if guidance == 1 else 2
+    times, rows, wrong = times.to(device), 1 if guidance == 1 else 2, 0
     if guidance != 1:
-        controls = Controls(*(torch.cat(pair) for pair in zip(controls, controls.dropped(cfg))))
+        controls = Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
     cache = model.start(controls, window)
     sizes = torch.cat([times.diff(dim=0) * few, 0 * times[:1]])        # and at last, at t = 1, the commit
     *changes, clean = [model.modulate(*moment, controls) for moment in zip(times, sizes)]
@@ -625,7 +623,7 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
         x = torch.randn(b, cfg.chunk, cfg.step_values, generator=generator).to(device)
         if real is not None:
             truth = real.unflatten(1, (-1, cfg.chunk))[:, index]
-            x = add_noise(truth, x, times[0])
+            x = add_noise(truth + wrong, x, times[0])
 
         def predict(x_t, k):
             x_hat, *null = model.step(x_t.repeat(rows, 1, 1), changes[k], script, cache).chunk(rows)
@@ -633,6 +631,7 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
 
         states = [truth] * len(times) if index < given else denoise(predict, x, times)
         yield states
+        wrong = 0 if real is None or forced else (states[-1] - truth).mean(1, keepdim=True)
         model.step((truth if forced else states[-1]).repeat(rows, 1, 1), clean, script, cache, keep=True)
 
 
@@ -657,8 +656,7 @@ def film_controls(cfg: Config, chunks: int, transcript=None, character=None, fir
     who = torch.tensor([names.index(character) if character in names else character])
     frame = torch.zeros(cfg.image, cfg.image, 3) if first_frame is None else torch.as_tensor(first_frame)
     if frame.shape != (cfg.image, cfg.image, 3) or first_frame is not None and frame.dtype != torch.uint8:
-        raise ValueError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3, not {frame.dtype}, "
-                         f"{tuple(frame.shape)}")
+        raise ValueError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
     first = VideoCodec(cfg).encode(frame.expand(1, cfg.step_frames, -1, -1, -1))
     return Controls(symbols, who, first, torch.tensor([first_frame is not None]))
 
@@ -786,11 +784,10 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
 @torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache without gradient:
-    all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one to
-    three real chunks, so that the film belongs to the clip; "real": teacher forcing. times: see generate().
-    """
+    all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one or
+    two real chunks, so that the film belongs to the clip; "real": teacher forcing. times: see generate()."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
-    given = min(int(torch.randint(1, 4, ())), chunks - 1) if history == "few" else 0
+    given = min(int(torch.randint(1, 3, ())), chunks - 1) if history == "few" else 0
     made = generate(model, controls, chunks, times, real=x, given=given, forced=history == "real")
     own = torch.arange(x.shape[1], device=x.device) >= given * c
     return [torch.cat(state, 1) for state in zip(*made)], own
@@ -812,14 +809,13 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     said = {name: Controls(*(c[r] for c in controls)) for name, r in rows.items()}
 
     # 1. The few-step mode rolls out the history, without gradient. DMD's films begin from noise. The others
-    #    begin each chunk from the real one, noised to a time of the grid: so the errors are the model's own,
-    #    the content is the clip's (our choice: a history that wanders makes the real chunk an unfair target).
-    past = {name: x[r] for name, r in rows.items()}
-    if history == "few":
-        begin = times[torch.randint(1, steps, (b,)) if steps > 1 else [0] * b].squeeze(1)  # (B, 1, 1)
+    #    begin each chunk from the real one, noised to a late time of the grid: the errors are the model's
+    #    own, the content the clip's (our choice: after a history that wanders the real chunk is a jump).
+    if history == "few" or dmd:
+        begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)   # (B, 1, 1)
         begin[rows.get("dmd", [])] = 0
-        states, made = rollout(model, x, controls, torch.maximum(times, begin), "few")
-        past = {name: states[-1][r] for name, r in rows.items()}
+        states, made = rollout(model, x, controls, torch.maximum(times, begin), history)
+    past = {name: (states[-1] if history == "few" else x)[r] for name, r in rows.items()}
 
     # 2. The multi-step mode learns the real chunk, given that history.
     losses = {}
@@ -833,10 +829,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
 
     # 4. The few-step mode's own films move toward the real score; the fake score follows them.
     if dmd:
-        if history == "few":
-            own = [state[rows["dmd"]] for state in states]
-        else:
-            own, made = rollout(model, past["dmd"], said["dmd"], times, "real")
+        own = [state[rows["dmd"]] for state in states]
         loss, more = dmd_loss(model, own, past["dmd"], said["dmd"], real=real, fake=fake, times=times,
                               made=made, guidance=guidance, chunk=score_chunk)
         losses["dmd"], logs = dmd * loss, logs | more
@@ -847,7 +840,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Checkpoints: one dict of tensors, numbers and strings; written beside its place, then renamed; read safely.
+# Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read.
 
 FORMAT = "mutual-forcing-2"
 
@@ -858,10 +851,10 @@ class CheckpointError(Exception):
 
 def save_file(path, content: dict) -> None:
     """Write a dict of tensors and plain types: path holds the old content or the new, never a half."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    data, part = io.BytesIO(), Path(f"{path}.part")
+    torch.save(content, data)
     try:
-        torch.save(content, part)
+        part.write_bytes(data.getvalue() + hashlib.sha256(data.getvalue()).digest())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -870,10 +863,13 @@ def save_file(path, content: dict) -> None:
 def load_file(path) -> dict:
     """Read what save_file wrote. Raises CheckpointError for anything else; never runs code from the file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(path).read_bytes()
+        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+            raise EOFError
+        content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # RuntimeError, EOFError, UnpicklingError, ...
+    except Exception:  # EOFError, RuntimeError, UnpicklingError, ...
         raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this version ({FORMAT})")
@@ -882,7 +878,7 @@ def load_file(path) -> dict:
 
 def save_checkpoint(path, model, extra: dict | None = None) -> None:
     """Store a model's config and its weights in half precision, with extra plain figures."""
-    weights = {name: tensor.half().clone() for name, tensor in model.state_dict().items()}
+    weights = {name: x.half() for name, x in model.state_dict().items()}
     save_file(path, {"format": FORMAT, "config": asdict(model.cfg), "weights": weights, "extra": extra or {}})
 
 
@@ -890,10 +886,14 @@ def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
     """(model in fp32, ready for sampling; extra). Raises CheckpointError, with one line that says why."""
     content = load_file(path)
     try:
-        model = AudioVideoTransformer(Config(**content["config"]))
-        model.load_state_dict(content["weights"])
-        extra = dict(content["extra"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        cfg, weights, extra = Config(**content["config"]), content["weights"], dict(content["extra"])
+        if sum(math.inf if x.is_complex() else x.numel() for x in weights.values()) > os.path.getsize(path):
+            raise ValueError                                           # a small file may not cost much memory
+        with torch.device("meta"):
+            model = AudioVideoTransformer(cfg)
+        model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
+        model.time, model.place = rotary_table(cfg)
+    except Exception:  # whatever a foreign configuration or foreign weights may raise
         raise CheckpointError(f"{path}: its configuration or weights do not fit this version") from None
     if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
         raise CheckpointError(f"{path}: has weights that are not finite numbers")

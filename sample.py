@@ -3,6 +3,7 @@
 """
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
@@ -556,7 +557,7 @@ def make_film(args) -> tuple[dict, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Make a film of a talking character, or score checkpoints.")
+    parser = train.Parser(description="Make a film of a talking character, or score checkpoints.")
     add = parser.add_argument
     add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
     add("--say", help="text to speak: letters a to z, anything else is a pause; without it, babbling")
@@ -580,8 +581,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises UserError and the like."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no CUDA device here")
+    train.check_device(args.device)
+    if not 0 <= args.guidance < math.inf or not 0 <= args.seed < 2 ** 63:
+        raise UserError("--guidance and --seed must not be negative, nor beyond all use")
     if args.benchmark:
         result = benchmark(args)
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")

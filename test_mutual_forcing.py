@@ -10,9 +10,11 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import imageio.v3
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ import train
 from mutual_forcing import AudioCodec, AudioVideoTransformer, Config, Controls, VideoCodec
 
 HERE = Path(__file__).parent
+WHOLE = "WHOLE" in os.environ                              # every case of the tests of bad luck, not a few
 TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, chunk=2, window=2)
 
 
@@ -418,13 +421,26 @@ def test_rollouts_begin_from_the_real_chunk_but_for_dmd(monkeypatch):
     grid = mf.time_grid(4).flatten()
     begins = torch.stack([times[0].flatten() for times, _ in seen])    # (4, B); DMD has rows 2 and 5
     assert not begins[:, [2, 5]].any()
-    assert set(begins[:, [0, 1, 3, 4]].flatten().tolist()) == set(grid[1:4].tolist())
+    assert set(begins[:, [0, 1, 3, 4]].flatten().tolist()) == set(grid[2:4].tolist())
     for times, (states, made) in seen:
-        pairs = torch.stack([states[0][:, made].flatten(1), x[:, made].flatten(1)], 1)
+        own = slice(int(made.int().argmax()), int(made.int().argmax()) + TINY.chunk)   # no error carried yet
+        pairs = torch.stack([states[0][:, own].flatten(1), x[:, own].flatten(1)], 1)
         near = [float(torch.corrcoef(pair)[0, 1]) for pair in pairs]
         t = times[0].flatten()
-        assert np.allclose(near, t / (t ** 2 + (1 - t) ** 2).sqrt(), atol=0.05)
+        assert np.allclose(near, t / (t ** 2 + (1 - t) ** 2).sqrt(), atol=0.12)
         assert torch.equal(times[-1].flatten(), torch.ones(6)) and (times.diff(dim=0) >= 0).all()
+
+
+def test_rollouts_carry_their_errors_on(monkeypatch):
+    model, (x, _, controls) = lively(), some_clip(b=2)
+    begun, add_noise = [], mf.add_noise
+    monkeypatch.setattr(mf, "add_noise", lambda *args: begun.append(args[0]) or add_noise(*args))
+    late = torch.maximum(mf.time_grid(4), mf.time_grid(4)[2])
+    states = mf.generate(model, controls, 3, late, real=x, given=1)
+    made, real = [chunk[-1] for chunk in states], x.split(TINY.chunk, 1)
+    assert torch.equal(made[0], real[0]) and torch.equal(begun[1], real[1])
+    wrong = (made[1] - real[1]).mean(1, keepdim=True)
+    assert wrong.abs().max() > 1e-3 and torch.allclose(begun[2], real[2] + wrong)
 
 
 class Analytic(torch.nn.Module):
@@ -535,7 +551,7 @@ def run_training(out, *more):
 
 
 def weights(path):
-    return torch.load(path, weights_only=True)["weights"]
+    return mf.load_file(path)["weights"]
 
 
 @pytest.mark.parametrize("stage", list(train.STAGES))
@@ -552,7 +568,7 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
     assert run_training(tmp_path / "cut", "--stage", stage, "--steps", 4) == 130
     monkeypatch.setattr(train, "train_step", step)
     assert run_training(tmp_path / "cut", "--stage", stage, "--steps", 4, "--resume") == 0
-    one, two = (torch.load(tmp_path / name / "resume.pt", weights_only=True) for name in ("whole", "cut"))
+    one, two = (mf.load_file(tmp_path / name / "resume.pt") for name in ("whole", "cut"))
     for part in [name for name in ("model", "ema", "fake") if name in one]:
         assert all(torch.equal(one[part][k], two[part][k]) for k in one[part])
     assert any(not torch.equal(one["model"][k], one["ema"][k]) for k in one["model"])
@@ -627,7 +643,7 @@ def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
     assert extra == {"step": 3} and loaded.cfg == TINY
     assert all(torch.equal(v, model.state_dict()[k].half().float()) for k, v in loaded.state_dict().items())
     old = path.read_bytes()
-    monkeypatch.setattr(torch, "save", lambda content, part: Path(part).write_bytes(b"half") and 1 / 0)
+    monkeypatch.setattr(Path, "write_bytes", lambda part, data: part.open("w").write("half") and 1 / 0)
     with pytest.raises(ZeroDivisionError):
         mf.save_checkpoint(path, model)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
@@ -642,23 +658,136 @@ def test_bad_checkpoints_end_in_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, model = tmp_path / "a.pt", lively()
     mf.save_checkpoint(path, model)
-    content, data = torch.load(path, weights_only=True), path.read_bytes()
+    content, data = mf.load_file(path), path.read_bytes()
     cases = {"truncated": data[:len(data) // 2], "empty": b"", "foreign": b"hello" * 100}
     for name, bytes_ in cases.items():
         (tmp_path / name).write_bytes(bytes_)
-    torch.save({"format": mf.FORMAT, "config": Evil()}, tmp_path / "evil")
-    torch.save({**content, "format": "other"}, tmp_path / "version")
-    torch.save({**content, "config": {**content["config"], "width": 64}}, tmp_path / "other size")
-    torch.save({**content, "config": {**content["config"], "depth": 64}}, tmp_path / "unknown field")
+    mf.save_file(tmp_path / "evil", {"format": mf.FORMAT, "config": Evil()})
+    mf.save_file(tmp_path / "version", {**content, "format": "other"})
+    mf.save_file(tmp_path / "other size", {**content, "config": {**content["config"], "width": 64}})
+    mf.save_file(tmp_path / "unknown field", {**content, "config": {**content["config"], "depth": 64}})
     broken = dict(content["weights"])
     broken["no_first"] = broken["no_first"] * float("nan")
-    torch.save({**content, "weights": broken}, tmp_path / "nan")
+    mf.save_file(tmp_path / "nan", {**content, "weights": broken})
     names = [*cases, "evil", "version", "other size", "unknown field", "nan", "missing"]
     for name in names:
         with pytest.raises(mf.CheckpointError) as error:
             mf.load_checkpoint(tmp_path / name)
         assert "\n" not in str(error.value) and name in str(error.value)
     assert not (tmp_path / "owned").exists()
+
+
+def damage(rng, path, good):
+    """Harm a checkpoint in one of many ways; returns whether its bytes are no longer what was saved."""
+    data, content = bytearray(good.read_bytes()), mf.load_file(good)
+    weights, config = content["weights"], content["config"]
+    one, two = (str(name) for name in rng.choice(list(weights), 2, replace=False))
+    kind = int(rng.integers(12))
+    if kind < 3:                                           # bits of the header, of the pickle, of anything
+        for _ in range(rng.integers(1, 9)):
+            data[rng.integers((300, 5000, len(data))[kind])] ^= 1 << int(rng.integers(8))
+    if kind == 3:
+        del data[rng.integers(len(data)):]
+    if kind < 4:
+        path.write_bytes(data)
+        return True
+    odd = [0, -1, 10 ** 9, 1e308, math.nan, "9", None, [1], 2.5, {}]
+    if kind == 4:
+        weights[one], weights[two] = weights[two], weights[one]
+    elif kind == 5:
+        kinds = [torch.int8, torch.bool, torch.float64, torch.complex64]
+        weights[one] = weights[one].to(kinds[rng.integers(len(kinds))])
+    elif kind == 6:
+        weights |= {"more": torch.zeros(3)} if rng.random() < 0.5 else {one: odd[rng.integers(len(odd))]}
+    elif kind == 7:
+        del weights[one]
+    elif kind == 8:
+        weights[one] = weights[one] * math.nan
+    elif kind == 9:
+        weights[one] = torch.zeros(1).expand(2 ** int(rng.integers(20, 60)))
+    elif kind == 10:
+        config[str(rng.choice(list(config)))] = odd[rng.integers(len(odd))]
+    else:
+        content[str(rng.choice(list(content)))] = odd[rng.integers(len(odd))]
+    mf.save_file(path, content)
+    return False
+
+
+@pytest.mark.parametrize("seed", range(300 if WHOLE else 20))
+def test_fuzz_checkpoints(seed, tmp_path):
+    """Any damage ends in one clear line, or in a model; broken bytes never in a model."""
+    rng, good, path = np.random.default_rng(seed), tmp_path / "good.pt", tmp_path / "bad.pt"
+    mf.save_checkpoint(good, lively())
+    broken = damage(rng, path, good)
+    try:
+        mf.load_checkpoint(path)
+    except mf.CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not broken
+
+
+TRAIN_WORDS = {
+    "--stage": ["video", "audio", "joint", "mutual", "none"], "--steps": ["1", "0", "x"],
+    "--batch": ["1", "2", "-1"], "--seconds": ["0.5", "0.1", "nan", "99", "1 0.5"], "--lr": ["1e-3", "nan"],
+    "--history": ["real", "few", "all"], "--shortcut": ["0", "1", "nan", "-1"], "--dmd": ["0", "1", "inf"],
+    "--guidance": ["2", "nan"], "--whole": [""], "--init": ["missing.pt", "small.pt", "text.pt"],
+    "--teacher": ["missing.pt", "small.pt", "text.pt"], "--seed": ["3", "-1", "x"], "--save": ["1", "0"],
+    "--device": ["tpu", "meta", "cuda:99"], "--resume": [""], "--out": ["text.pt", "new/folder"],
+    "--config": ["width=30", "depth=2", "image=32", "symbols=3", "chunk=0", "clock=9", "fps=7"]}
+SAMPLE_WORDS = {
+    "--say": ["hello", "''", "123", "h\u00e9llo!"], "--character": ["ada", "nobody"], "--json": [""],
+    "--mode": ["few", "multi", "all"], "--first-frame": ["missing.png", "text.pt", "face.png"],
+    "--seconds": ["0.3", "0", "-2", "nan", "inf", "x"], "--steps": ["1", "2", "0", "x"],
+    "--guidance": ["1", "3", "nan"], "--window": ["1", "9", "x"], "--precision": ["bf16", "x"],
+    "--seed": ["7", "-1", "99999999999999999999"], "--device": ["tpu", "meta", "cuda:99"],
+    "--checkpoint": ["missing.pt", "text.pt", "."], "--evaluate": ["missing.pt"], "--talkers": ["1"],
+    "--out": ["a.wav", "a.png", "a.avi", "no/a.wav", "small.pt", "face.png"]}
+
+
+@pytest.mark.parametrize("seed", range(300 if WHOLE else 20))
+@pytest.mark.parametrize("script", [train, sample])
+def test_fuzz_arguments(script, seed, small_checkpoint, tmp_path, monkeypatch, capsys):
+    """Any command line ends in success, or in one clear line and exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    rng, words = np.random.default_rng(seed), TRAIN_WORDS if script is train else SAMPLE_WORDS
+    (tmp_path / "small.pt").write_bytes(small_checkpoint.read_bytes())
+    (tmp_path / "text.pt").write_text("no checkpoint, no picture")
+    imageio.v3.imwrite(tmp_path / "face.png", np.full((20, 30, 3), 200, np.uint8))
+    arguments = [*TRAIN, "--steps", "1", "--stage", "joint", "--out", "run"] if script is train else [
+        "--checkpoint", "small.pt", "--seconds", "0.5", "--steps", "2", "--out", "a.wav", "--device", "cpu"]
+    for name in rng.choice(list(words), rng.integers(1, 4), replace=False):
+        arguments += [name, *shlex.split(str(rng.choice(words[name])))]
+    try:
+        code = script.main(arguments)
+    except SystemExit as end:                              # the parser's own complaint
+        code = end.code
+    errors = [line for line in capsys.readouterr().err.splitlines() if re.match(r"\w+(\.py)?: ", line)]
+    assert code == 0 or code == 2 and len(errors) == 1, (arguments, code, errors)
+    assert not list(tmp_path.rglob("*.part")) and not list(tmp_path.glob(".film-*"))
+
+
+def test_a_run_killed_at_any_moment_ends_in_the_same_weights(tmp_path):
+    """SIGKILL, resume, and again: the same weights bit for bit, never half a file under a final name."""
+    command = [sys.executable, HERE / "train.py", *TRAIN, "--stage", "mutual", "--steps", "24", "--log", "1"]
+    subprocess.run([*command, "--out", tmp_path / "calm"], check=True, capture_output=True)
+    rng, out, kills = np.random.default_rng(0), tmp_path / "killed", 20 if WHOLE else 3
+    log = out / "log.jsonl"
+    for kill in range(kills + 1):
+        done = log.stat().st_size if log.exists() else 0
+        resume = ["--resume"] if (out / "resume.pt").exists() else []
+        run = subprocess.Popen([*command, "--out", out, *resume], stderr=subprocess.DEVNULL)
+        if kill < kills:
+            while run.poll() is None and not (log.exists() and log.stat().st_size > done):
+                time.sleep(0.01)                           # until it trains
+            time.sleep(rng.uniform(0, 0.4))
+            run.kill()
+        run.wait()
+        for path in out.glob("*.pt"):
+            mf.load_file(path)
+    one, two = (weights(tmp_path / name / "mutual.pt") for name in ("calm", "killed"))
+    assert run.returncode == 0 and all(torch.equal(one[name], two[name]) for name in one)
+    assert not list(out.glob("*.part"))
 
 
 # The ruler and the films
@@ -788,8 +917,7 @@ def test_interrupted_sampling_keeps_a_playable_film(kind, small_checkpoint, tmp_
 
 
 def test_first_frame_of_odd_size_is_resized_and_said(tmp_path, capsys):
-    import imageio.v3 as iio
-    iio.imwrite(tmp_path / "odd.png", np.full((100, 37, 3), 200, np.uint8))
+    imageio.v3.imwrite(tmp_path / "odd.png", np.full((100, 37, 3), 200, np.uint8))
     frame = sample.read_first_frame(tmp_path / "odd.png", Config())
     assert frame.shape == (64, 64, 3) and (frame == 200).all() and "37 x 100" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import platform
 import resource
 import signal
@@ -325,8 +326,23 @@ TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, 
         "save": 12}
 
 
-class TrainingError(Exception):
+class TrainingError(ValueError):
     """Training cannot start or go on; the message says why in one line."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def check_device(name: str) -> None:
+    """Raise TrainingError unless PyTorch can compute there."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise TrainingError(f"--device {name}: PyTorch sees no such device here") from None
 
 
 def optimizers_of(net: AudioVideoTransformer) -> list[torch.optim.Optimizer]:
@@ -610,7 +626,7 @@ def benchmark(args, cfg: Config) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Train Mutual Forcing on the synthetic talker.")
+    parser = Parser(description="Train Mutual Forcing on the synthetic talker.")
     add = parser.add_argument
     default = {name: ", ".join(f"{stage} {getattr(value, name)}" for stage, value in STAGES.items())
                for name in ("steps", "lr")}
@@ -645,11 +661,13 @@ def configure(args) -> Config:
     if args.preset == "tiny":
         for name, value in TINY.items():
             setattr(args, name, value)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise TrainingError("--device cuda: PyTorch sees no CUDA device here")
+    check_device(args.device)
     for name in ("steps", "batch", "lr", "log", "save"):
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
             raise TrainingError(f"--{name} must be more than 0")
+    for name in ("shortcut", "dmd", "guidance"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise TrainingError(f"--{name} must not be negative")
     if not 0 <= args.seed < 10 ** 6:
         raise TrainingError("--seed must be between 0 and 999999")
     fields, known = {}, {field.name: type(field.default) for field in dataclasses.fields(Config)}
@@ -663,13 +681,13 @@ def configure(args) -> Config:
             raise TrainingError(f"--config {text}: {value!r} is no {known[name].__name__}") from None
     try:
         cfg = Config(**fields)
-    except (ValueError, ZeroDivisionError) as error:
+    except ValueError as error:
         raise TrainingError(f"--config: {error}") from None
-    if cfg.step_sounds != 2 * cfg.step_frames:
-        raise TrainingError("--config: the talker's sound needs step_sounds = 2 step_frames")
+    if cfg.step_sounds != 2 * cfg.step_frames or cfg.symbols != Config.symbols:
+        raise TrainingError("--config: the talker needs step_sounds = 2 step_frames, and its 27 symbols")
     if args.whole and args.stage in ("mutual", "all"):
         raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
-    if min(args.seconds) < 2 * cfg.chunk_seconds or max(args.seconds) > cfg.clock / 2:
+    if not all(2 * cfg.chunk_seconds <= seconds <= cfg.clock / 2 for seconds in args.seconds):
         raise TrainingError(f"--seconds must be between {2 * cfg.chunk_seconds} and {cfg.clock / 2}")
     args.real, args.real_whole = None, False
     if args.teacher:
@@ -700,6 +718,8 @@ def run(args) -> None:
     if args.config and model.cfg != cfg:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     args.out.mkdir(parents=True, exist_ok=True)
+    for half in args.out.glob("*.part"):                               # of a run that was killed as it saved
+        half.unlink()
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
     for stage in stages:
