@@ -5,11 +5,14 @@ minutes.
 import argparse
 import copy
 import dataclasses
+import hashlib
 import json
 import math
 import platform
+import re
 import resource
 import signal
+import subprocess
 import sys
 import time
 import timeit
@@ -17,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,7 +29,8 @@ from tqdm import tqdm
 from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, AudioVideoTransformer,
                             CheckpointError, Config, Controls, VideoCodec, dmd_loss, flow_matching_loss,
                             generate, join, load_checkpoint, load_file, mutual_forcing_loss, rollout,
-                            save_checkpoint, save_file, shortcut_loss, split, time_grid)
+                            save_checkpoint, save_file, shortcut_loss, spell, split,
+                            time_grid)
 
 # ------------------------------------------------------------------------------------------------------------
 # The synthetic talker: a drawn face that speaks; rich enough to need a generator, exact enough to measure.
@@ -54,8 +59,7 @@ MOUTH = np.array([LETTER_TABLE[c][:2] for c in ALPHABET], np.float32)  # (27, 2)
 
 
 class Identity(NamedTuple):
-    """Who the talker is. Colours are RGB in 0..1; face_width in 0..1 also sets the voice: wide faces speak
-    low."""
+    """Who the talker is. Colours are RGB in 0..1; face_width in 0..1 sets the voice too: wide is low."""
     skin: np.ndarray
     hair: np.ndarray
     eyes: np.ndarray
@@ -159,15 +163,13 @@ def timbre(voice_hz: np.ndarray, noise_hz: np.ndarray, tilt: float) -> tuple[np.
 
 
 def blob(y: np.ndarray, x: np.ndarray, cy, cx, ry, rx) -> np.ndarray:
-    """How much of each pixel (y, x) an ellipse covers, 0..1; all in pixels, soft over one pixel at the
-    rim."""
+    """How much of each pixel (y, x) an ellipse covers, 0..1; all in pixels, soft over one at the rim."""
     norm = np.sqrt(((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2)
     return np.clip(0.5 + (1 - norm) * np.minimum(ry, rx), 0, 1).astype(np.float32)
 
 
 def paint(canvas: np.ndarray, cover: np.ndarray, colour, shade=1.0) -> None:
-    """Lay a colour (3,), times a shade (..., h, w), over the canvas (..., 3, h, w) where cover (..., h, w)
-    says."""
+    """Lay a colour (3,), times a shade, over the canvas (..., 3, h, w) where cover (..., h, w) says."""
     colour = np.broadcast_to(np.float32(colour), 3)[:, None, None]
     if isinstance(shade, np.ndarray):
         colour = colour * shade[..., None, :, :]
@@ -242,8 +244,7 @@ def draw_frames(who: Identity, moves: dict[str, np.ndarray], mouth: np.ndarray, 
 
 
 def draw_eyes(who: Identity, moves: dict[str, np.ndarray], apart: float, part, y, x) -> None:
-    """Eyes with lids and gaze, glasses and the nose between them, into a part of the film (see
-    draw_frames)."""
+    """Eyes with lids and gaze, glasses and the nose, into a part of the film (see draw_frames)."""
     lids = moves["lids"][:, None, None]
     gaze_x, gaze_y = 1.3 * moves["gaze_x"][:, None, None], -3 + 0.7 * moves["gaze_y"][:, None, None]
     for eye in (-apart, apart):
@@ -267,14 +268,105 @@ class Film(NamedTuple):
 
 def talk(cfg: Config, rng: np.random.Generator, frames: int, who: Identity | None = None,
          symbols: np.ndarray | None = None) -> Film:
-    """One film of the synthetic talker, from its very beginning; the same random state makes the same
-    film."""
+    """One film of the synthetic talker, from its very beginning; the same state makes the same film."""
     who = who or draw_identity(rng)
     symbols = draw_symbols(rng, frames + cfg.margin) if symbols is None else symbols
     film = draw_frames(who, draw_moves(rng, frames, cfg.fps), mouth_of(symbols[:frames]), cfg.image)
     weights = letter_weights(symbols[:frames])
     before = np.full(cfg.margin, SILENCE)
     return Film(film, voice(rng, who, weights, cfg), np.concatenate([before, symbols]), who.character)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The clip folder: ordinary films and sounds, brought to the model's frame rate, size and sample rate.
+
+FILMS, SOUNDS = (".mp4", ".mov", ".webm", ".mkv"), (".wav", ".flac", ".ogg", ".mp3")
+SUBTITLE = re.compile(2 * r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)(?: +--> +)?" + r".*\n((?:.+\n?)*)")
+
+
+def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
+    """A file -> frames uint8 (F, image, image, 3) and samples float32 (N,), equally long; either is empty if
+    the file has none. Raises ValueError for a file that cannot be read to its end."""
+    def decode(*options):
+        return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-nostats", "-i", f"file:{path}",
+                               *options, "-"], capture_output=True)
+
+    n, rate = cfg.image, str(cfg.sample_rate)
+    sound = decode("-vn", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", rate, "-f", "f32le")
+    samples, frames = np.frombuffer(sound.stdout, np.float32).clip(-1, 1), np.empty((0, n, n, 3), np.uint8)
+    if path.suffix.lower() in FILMS:                       # ffmpeg turns and times the frames as they ask
+        fit = f"fps={cfg.fps},scale={n}:{n}:force_original_aspect_ratio=increase,crop={n}:{n}"
+        film = decode("-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24")
+        frames = np.frombuffer(film.stdout, np.uint8).reshape(-1, n, n, 3).copy()
+    said = re.search(rb"Duration: (\d+):(\d+):([\d.]+)", sound.stderr)   # by the file itself
+    seconds = np.dot([float(x) for x in said.groups()], (3600, 60, 1)) if said else 0
+    if not 0 < max(len(frames) / cfg.fps, len(samples) / cfg.sample_rate) >= 0.9 * seconds - 0.2:
+        raise ValueError("unreadable, or cut short")
+    if len(frames) and len(samples):                       # late sound begins, short sound ends in silence
+        whole = len(frames) * cfg.sample_rate // cfg.fps
+        samples = np.pad(samples, (0, max(0, whole - len(samples))))[:whole]
+    return frames, samples
+
+
+def read_subtitles(path: Path, cfg: Config, frames: int) -> np.ndarray:
+    """The transcript beside a clip (.srt or .vtt), letters spread over their interval -> symbols (F,)."""
+    symbols = np.full(frames, SILENCE)
+    for *clock, text in SUBTITLE.findall(path.read_text("utf-8", "replace") + "\n"):
+        seconds = np.array([float(x or 0) for x in clock]).reshape(2, 4) @ (3600, 60, 1, 0.001)
+        begin, end = (int(round(x * cfg.fps)) for x in seconds)
+        letters = spell(" ".join(re.sub(r"<.*?>|{.*?}", "", text).split()) + " ", 1)
+        at = np.arange(begin, min(end, frames))
+        symbols[at] = np.array(letters)[(at - begin) * (len(letters) - 1) // max(1, end - begin)]
+    return symbols
+
+
+def load_clips(folder: Path, cfg: Config, seconds: float, cache: Path) -> list[Film]:
+    """The films and sounds of a folder, decoded once into a cache; bad files are named, counted, left out.
+    Raises TrainingError if none is left."""
+    cache.mkdir(exist_ok=True)
+    paths, clips = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in FILMS + SOUNDS], []
+    for path in tqdm(paths, desc="clips", disable=None):
+        about = repr((path.resolve(), path.stat().st_mtime_ns, cfg.image, cfg.fps, cfg.sample_rate))
+        kept = cache / hashlib.sha256(about.encode()).hexdigest()[:16]
+        try:
+            if not kept.exists():
+                frames, samples = map(torch.from_numpy, decode_clip(path, cfg))
+                save_file(kept, {"format": FORMAT, "frames": frames, "samples": samples})
+            frames, samples = (load_file(kept)[part].numpy() for part in ("frames", "samples"))
+            length = len(frames) or len(samples) * cfg.fps // cfg.sample_rate
+            if length < seconds * cfg.fps:
+                raise ValueError(f"only {length / cfg.fps:.2f} s of it can be read")
+            text = next((p for p in map(path.with_suffix, (".srt", ".vtt")) if p.exists()), None)
+            around = np.full(cfg.margin, SILENCE if text else cfg.symbols)
+            said = read_subtitles(text, cfg, length) if text else np.full(length, cfg.symbols)
+            clips.append(Film(frames, samples, np.concatenate([around, said, around]), len(NAMES)))
+        except (ValueError, OSError, CheckpointError) as error:
+            print(f"{path}: skipped, {error}", file=sys.stderr)
+    print(f"{folder}: {len(clips)} of {len(paths)} files serve", file=sys.stderr)
+    if not clips:
+        raise TrainingError(f"--data {folder}: no clip of {seconds} s in it")
+    return clips
+
+
+def drawer(clips: list[Film] | None, stage: str):
+    """What draws a film for a stage, like talk(): a random stretch of a random clip, taken for a whole film;
+    without clips talk() itself. Raises TrainingError if no clip has what the stage needs."""
+    if clips is None:
+        return talk
+    needs = {"video": ("frames",), "audio": ("samples",)}.get(stage, ("frames", "samples"))
+    able = [clip for clip in clips if all(len(getattr(clip, part)) for part in needs)]
+    if not able:
+        raise TrainingError(f"--data: no clip has what stage {stage} needs")
+
+    def draw(cfg: Config, rng: np.random.Generator, length: int) -> Film:
+        clip, hop = able[rng.integers(len(able))], cfg.sample_rate // cfg.fps
+        start = int(rng.integers(len(clip.symbols) - 2 * cfg.margin - length + 1))
+        frames, samples = clip.frames[start:start + length], clip.samples[start * hop:(start + length) * hop]
+        return Film(frames if len(frames) else np.zeros((length, cfg.image, cfg.image, 3), np.uint8),
+                    np.pad(samples, (0, length * hop - len(samples))),
+                    clip.symbols[start:start + length + 2 * cfg.margin], clip.character)
+
+    return draw
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -300,11 +392,10 @@ def drop_controls(cfg: Config, controls: Controls, rng: np.random.Generator) -> 
                     torch.where(keep[1], controls.character, null.character), controls.first, keep[2])
 
 
-def talker_batch(cfg: Config, seed: int, stage: int, step: int, batch: int, seconds: float):
-    """The batch of a training step, a function of its arguments alone, so that a run can be resumed
-    anywhere."""
+def film_batch(cfg: Config, draw, seed: int, stage: int, step: int, batch: int, seconds: float):
+    """The batch of a training step, a function of its arguments alone: a run can be resumed anywhere."""
     frames = round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
-    films = [talk(cfg, np.random.default_rng([seed, stage, step, row]), frames) for row in range(batch)]
+    films = [draw(cfg, np.random.default_rng([seed, stage, step, row]), frames) for row in range(batch)]
     x, controls = encode_films(cfg, films)
     return x, drop_controls(cfg, controls, np.random.default_rng([seed, stage, step, batch]))   # no row's own
 
@@ -313,8 +404,7 @@ def talker_batch(cfg: Config, seed: int, stage: int, step: int, batch: int, seco
 # The loop.
 
 class StageDefaults(NamedTuple):
-    """What a stage takes unless the command line says otherwise (our choice; the paper's: 5e-5 for 7B
-    weights)."""
+    """What a stage takes unless told otherwise (our choice; the paper's rate is 5e-5 for 7B weights)."""
     steps: int
     lr: float
     ema: float
@@ -385,13 +475,12 @@ class State:
 def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
     names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "shortcut", "dmd",
-             "guidance", "whole", "init", "teacher", "fp32")
+             "guidance", "whole", "init", "teacher", "fp32", "data")
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
-    """Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise costs more than it
-    saves."""
+    """Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise is costly."""
     return lr * min(1, (step + 1) / min(100, steps)) * (1 - 0.95 * step / steps)
 
 
@@ -432,12 +521,12 @@ def backward(state: State, losses: dict) -> dict[str, float]:
 
 
 def train_step(state: State, args) -> dict[str, float]:
-    """One step of the state's stage; returns the figures to log. Raises TrainingError if the loss is not
-    finite."""
+    """One step of the state's stage; returns the figures to log. Raises TrainingError at a loss of NaN."""
     cfg, index = state.model.cfg, list(STAGES).index(state.stage)
     seconds = args.seconds[state.step % len(args.seconds)]             # clips of several lengths take turns
     batch = max(1, round(args.batch * args.seconds[0] / seconds))      # at about equal cost
-    x, controls = talker_batch(cfg, args.seed, index, state.step, batch, seconds)
+    draw = drawer(args.clips, state.stage)
+    x, controls = film_batch(cfg, draw, args.seed, index, state.step, batch, seconds)
     x, controls = x.to(args.device), Controls(*(c.to(args.device) for c in controls))
     torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.fp32):
@@ -471,8 +560,7 @@ def write_strip(model: AudioVideoTransformer, path: Path) -> None:
 
 
 def train_stage(state: State, args) -> None:
-    """Train a stage from where its state is to its end, with a log line, checkpoints and filmstrips now and
-    then."""
+    """Train a stage from where its state is to its end; log, checkpoints and filmstrips now and then."""
     steps, stop = args.steps or STAGES[state.stage].steps, []
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C ends after the step in progress
     bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=None)
@@ -604,7 +692,7 @@ def benchmark(args, cfg: Config) -> dict:
     for stage in STAGES:
         state = State(copy.deepcopy(model), stage, args)
         add(f"a step of stage {stage}", lambda: train_step(state, args))
-    x, controls = talker_batch(cfg, 0, 0, 0, args.batch, args.seconds[0])
+    x, controls = film_batch(cfg, talk, 0, 0, 0, args.batch, args.seconds[0])
     x, controls = x.to(device), Controls(*(c.to(device) for c in controls))
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], Controls(*(c[third] for c in controls))
@@ -636,6 +724,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preset", choices=("tiny",), help="tiny: every stage in under three minutes, to see it all work")
     add("--config", nargs="+", default=[], metavar="FIELD=N", help="sizes of a new model, see Config")
     add("--steps", type=int, help=f"of each stage; default {default['steps']}")
+    add("--data", type=Path, help="folder of clips with sound to train on, instead of the talker")
     add("--batch", type=int, default=8, help="clips of the first length in a step")
     add("--seconds", type=float, nargs="+", default=[1.5, 1.5, 3.0], help="lengths of clips, taking turns")
     add("--lr", type=float, help=f"learning rate; default {default['lr']}")
@@ -689,7 +778,7 @@ def configure(args) -> Config:
         raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
     if not all(2 * cfg.chunk_seconds <= seconds <= cfg.clock / 2 for seconds in args.seconds):
         raise TrainingError(f"--seconds must be between {2 * cfg.chunk_seconds} and {cfg.clock / 2}")
-    args.real, args.real_whole = None, False
+    args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
         if args.real.cfg.step_values != cfg.step_values:
@@ -700,8 +789,7 @@ def configure(args) -> Config:
 
 
 def run(args) -> None:
-    """All that the command line asks for. Raises TrainingError, CheckpointError, OSError or
-    KeyboardInterrupt."""
+    """What the command line asks for. Raises TrainingError, CheckpointError, OSError, KeyboardInterrupt."""
     cfg = configure(args)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     content = load_file(args.out / "resume.pt") if args.resume else None
@@ -718,8 +806,10 @@ def run(args) -> None:
     if args.config and model.cfg != cfg:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     args.out.mkdir(parents=True, exist_ok=True)
-    for half in args.out.glob("*.part"):                               # of a run that was killed as it saved
+    for half in args.out.rglob("*.part"):                              # of a run that was killed as it saved
         half.unlink()
+    if args.data:
+        args.clips = load_clips(args.data, model.cfg, max(args.seconds), args.out / "clips")
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
     for stage in stages:
