@@ -34,6 +34,8 @@ SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
 WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds; the first second is the reference of the drifts
 HELD_OUT = 2 ** 40                                         # first word of the seeds that training never draws
+TALKERS_ONLY = ("transcript_error", "lip", "sync", "sync_lag_ms", "voice_drift", "letter_margin",
+                "letter_spread")                           # figures that mean nothing for real clips
 
 
 class Heard(NamedTuple):
@@ -224,10 +226,10 @@ def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
     return figures
 
 
-def held_out(cfg: Config, count: int, seconds: float, kind: int = 0) -> list[train.Film]:
+def held_out(cfg: Config, count: int, seconds: float, kind: int = 0, draw=train.talk) -> list[train.Film]:
     """Talkers from seeds that training never sees; kind 0 to score, 1 as the distances' reference."""
     frames = int(np.ceil(seconds / cfg.chunk_seconds)) * cfg.chunk_frames
-    return [train.talk(cfg, np.random.default_rng([HELD_OUT, kind, i]), frames) for i in range(count)]
+    return [draw(cfg, np.random.default_rng([HELD_OUT, kind, i]), frames) for i in range(count)]
 
 
 def to_films(films: list[train.Film], cfg: Config) -> Films:
@@ -268,17 +270,23 @@ def evaluate(args) -> dict:
     models = [(str(path), train.in_precision(load_checkpoint(path)[0].to(args.device),
                                              args.precision or "fp32")) for path in args.evaluate]
     cfg = models[0][1].cfg
-    ruler = Ruler(cfg)
-    talkers, others = (held_out(cfg, args.talkers, args.seconds, kind) for kind in (0, 1))
+    ruler, draw = Ruler(cfg), train.talk
+    if args.data:
+        cache = args.evaluate[0].parent / "clips"
+        clips = train.load_clips(args.data, cfg, args.seconds + cfg.chunk_seconds, cache)
+        draw = train.drawer(clips, "joint")
+    talkers, others = (held_out(cfg, args.talkers, args.seconds, kind, draw) for kind in (0, 1))
     truth, reference = to_films(talkers, cfg), to_films(others, cfg)
     settings = [(mode, steps) for mode, steps in (("few", args.few_steps), ("multi", args.multi_steps))
                 if args.mode in (None, mode)]
     rows = []
 
     def add(films, control, checkpoint, mode=None, steps=None, guidance=None):
-        films = films._replace(symbols=films.symbols if control == "spoken" else None)
+        films = films._replace(symbols=films.symbols if control == "spoken" and not args.data else None)
+        figures = score(ruler, films, reference)
+        figures |= {name: [None] * len(figures[name]) for name in TALKERS_ONLY if args.data}
         rows.append({"checkpoint": checkpoint, "mode": mode, "steps": steps, "guidance": guidance,
-                     "control": control, **score(ruler, films, reference)})
+                     "control": control, **figures})
         print(train.markdown(rows).splitlines()[-1], file=sys.stderr, flush=True)
 
     for control in ("spoken", "babbling"):
@@ -576,6 +584,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--precision", choices=("fp32", "bf16"), help="of the network; default: what is faster here")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--talkers", type=int, default=32, help="films to score")
+    add("--data", type=Path, help="folder of clips to score against, instead of talkers")
     return parser
 
 

@@ -697,6 +697,12 @@ def test_a_folder_of_clips_trains_every_stage(tmp_path, capsys):
     assert np.array_equal(film.samples, clips[0].samples[500 * start:500 * (start + 16)])
     assert np.array_equal(film.symbols, clips[0].symbols[start:start + 24])
     assert run_training(tmp_path / "run", "--data", folder / "deep", "--stage", "joint", "--steps", 1) == 2
+    film_file(folder / "long.mp4", seconds=6)
+    capsys.readouterr()
+    assert sample.main(["--evaluate", str(tmp_path / "run" / "mutual.pt"), "--data", str(folder), "--seconds",
+                        "5", "--talkers", "2", "--mode", "few", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][2]
+    assert row["sync"] == [None] and row["identity_drift"][0] > 0 and row["frechet_video"][0] > 0
     assert run_training(tmp_path / "run", "--data", tmp_path / "none", "--stage", "joint", "--steps", 1) == 2
 
 
