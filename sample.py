@@ -320,10 +320,11 @@ class FilmWriter:
         if self.kind in (".mp4", ".wav"):
             self.sound = soundfile.SoundFile(self.path / "sound.wav", "w", cfg.sample_rate, 1, "PCM_16")
         if self.kind == ".mp4":
-            size = cfg.image * ENLARGE
+            enlarge = ["-vf", f"scale=iw*{ENLARGE}:ih*{ENLARGE}:flags=neighbor"]
             self.video = imageio_ffmpeg.write_frames(
-                str(self.path / "video.mp4"), (size, size), fps=cfg.fps, codec="libx264", macro_block_size=2,
-                quality=None, output_params=["-crf", "16"], ffmpeg_log_level="error")
+                str(self.path / "video.mp4"), (cfg.image, cfg.image), fps=cfg.fps, codec="libx264",
+                quality=None, output_params=[*enlarge, "-crf", "16", "-preset", "superfast"],
+                macro_block_size=2, ffmpeg_log_level="error")
             self.video.send(None)
         if self.kind == ".gif":
             self.video = imageio.get_writer(self.path / "film.gif", mode="I", duration=1000 / cfg.fps, loop=0)
@@ -335,9 +336,12 @@ class FilmWriter:
             self.sound.write(np.clip(samples, -1, 1))
         if self.kind == ".png":
             self.stills.append((frames[0], samples))
-        elif self.video:
+        elif self.kind == ".mp4":
+            for frame in np.ascontiguousarray(frames):
+                self.video.send(frame)
+        elif self.kind == ".gif":
             for frame in frames.repeat(ENLARGE, 1).repeat(ENLARGE, 2):
-                (self.video.send if self.kind == ".mp4" else self.video.append_data)(frame)
+                self.video.append_data(frame)
 
     def finish(self, transcript: str = "") -> None:
         """Close everything and put the result in its place, at once. Raises OSError if that fails."""
