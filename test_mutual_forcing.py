@@ -1090,6 +1090,35 @@ def test_readme_commands_parse_and_files_exist():
                    for module in (mf, train, sample)), name
 
 
+class PixelVAE:
+    """A stand-in for a pretrained VAE: space and time to channels, orthogonally mixed."""
+    mix = torch.linalg.qr(torch.randn(1536, 1536, generator=torch.Generator().manual_seed(0)))[0]
+
+    def encode(self, x):
+        x = x.unflatten(4, (4, 16)).unflatten(3, (4, 16)).unflatten(2, (-1, 2))
+        return torch.einsum("bctfhpwq,cfpqn->bnthw", x, self.mix.view(3, 2, 16, 16, -1))
+
+    def decode(self, z):
+        x = torch.einsum("bnthw,cfpqn->bctfhpwq", z, self.mix.view(3, 2, 16, 16, -1))
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def test_a_vae_takes_the_codecs_place_as_the_readme_says(tmp_path, monkeypatch):
+    for module in (mf, train, sample):                     # to be restored
+        monkeypatch.setattr(module, "VideoCodec", module.VideoCodec)
+    code = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    exec(code, {"load_vae": PixelVAE, "mutual_forcing": mf, "train": train, "sample": sample})
+    assert mf.VideoCodec.__name__ == "VideoVAE"
+    frames = torch.randint(256, (2, 4, 64, 64, 3), dtype=torch.uint8)
+    codec = mf.VideoCodec(Config())
+    assert codec.encode(frames).shape == (2, 2, 16, 1536)
+    assert torch.equal(codec.decode(codec.encode(frames)), frames)
+    assert run_training(tmp_path, "--stage", "joint", "--steps", 1) == 0
+    model, _ = mf.load_checkpoint(tmp_path / "joint.pt")
+    (picture, _), = mf.stream(model, seconds=0.25, first_frame=frames[0, 0].numpy())
+    assert picture.shape == (4, 64, 64, 3)
+
+
 def test_shipped_checkpoint_is_small_and_speaks():
     path = HERE / "assets" / "talker.pt"
     assert path.stat().st_size <= 16 * 10 ** 6
