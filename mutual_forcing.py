@@ -112,7 +112,7 @@ class VideoCodec:
     def decode(self, x: Tensor) -> Tensor:
         """Inverse of encode, clipped: (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
         cfg, b = self.cfg, x.shape[0]
-        x = self.inverse.to(x.device) @ x.unflatten(3, (cfg.step_frames, -1))
+        x = self.inverse.to(x) @ x.unflatten(3, (cfg.step_frames, -1))
         x = x.reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, -1, cfg.image, cfg.image, 3)
         return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -200,10 +200,10 @@ def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """A time for each chunk and branch of x (B, S, E), repeated for each value, (B, S, E): logit-normal, and
     warped like the grids; in half of the chunks one for both branches, as in sampling. In the others each has
     its own, so that either learns to follow the other (our choice: a mixture of noise levels)."""
-    u = torch.sigmoid(1.2 * torch.randn(2, x.shape[0], x.shape[1] // chunk))
-    u[1] = torch.where(torch.rand(u.shape[1:]) < 0.5, *u)
-    t = warp(u, cfg.shift).repeat_interleave(chunk, 2).movedim(0, -1)  # (B, S, 2)
-    return t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1).to(x.device)
+    u = torch.sigmoid(1.2 * torch.randn((x.shape[0], x.shape[1] // chunk, 2)))
+    u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
+    t = warp(u, cfg.shift).repeat_interleave(chunk, 1)                 # (B, S, 2)
+    return t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1).to(x)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -620,7 +620,7 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     for index in range(chunks):
         steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
         script = model.script(controls.chunk(cfg, index), steps)
-        x = torch.randn(b, cfg.chunk, cfg.step_values, generator=generator).to(device)
+        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator).to(device)
         if real is not None:
             truth = real.unflatten(1, (-1, cfg.chunk))[:, index]
             x = add_noise(truth + wrong, x, times[0])
@@ -802,7 +802,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     history: "few" is self-made, "real" teacher forcing. The rows are divided among the objectives: a step
     costs one pass of the student. Returns the weighted losses by term; fake has its own optimizer."""
     cfg, b = model.cfg, len(x)
-    times = time_grid(steps, cfg.shift).to(x.device)
+    times = time_grid(steps, cfg.shift).to(x)
     weights = {"flow": 1.0} | ({"shortcut": shortcut} if shortcut else {}) | ({"dmd": dmd} if dmd else {})
     rows = {name: torch.arange(b)[i::len(weights)] if b >= len(weights) else torch.arange(b)
             for i, name in enumerate(weights)}

@@ -3,7 +3,6 @@
 """
 import argparse
 import json
-import math
 import os
 import signal
 import subprocess
@@ -511,8 +510,6 @@ def film_settings(args, cfg: Config) -> dict:
         raise UserError(f"--character: no {args.character!r}; there are {', '.join(cfg.characters)}")
     if args.window is not None and not 1 <= args.window <= cfg.window:
         raise UserError(f"--window must be between 1 and {cfg.window}, the longest that training saw")
-    if not 1 <= args.steps <= 1000:
-        raise UserError("--steps must be between 1 and 1000")
     if args.mode == "few" and args.steps not in (4, 8):
         print(f"--steps {args.steps}: few-step mode was trained for 4 and 8", file=sys.stderr)
     first = None if args.first_frame is None else read_first_frame(args.first_frame, cfg)
@@ -569,18 +566,18 @@ def make_film(args) -> tuple[dict, int]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = train.Parser(description="Make a film of a talking character, or score checkpoints.")
-    add = parser.add_argument
+    parser = train.Parser("sample.py", description="Make a film of a talking character, or score films.")
+    add, number = parser.add_argument, train.number
     add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
     add("--say", help="text to speak: letters a to z, anything else is a pause; without it, babbling")
     add("--character", help="a named character; default: chance")
     add("--first-frame", type=Path, help="a picture to start from")
     add("--seconds", type=float, help="length; default: as long as the text takes, else 8 (25 to score)")
     add("--mode", choices=("few", "multi"), help="default: few (both to score)")
-    add("--steps", type=int, help="network evaluations a chunk; default 4, in multi-step mode 50")
-    add("--guidance", type=float, default=1.0, help="other than 1 doubles the evaluations")
+    add("--steps", type=number(int, 1, 1000), help="evaluations a chunk; default 4, in multi-step mode 50")
+    add("--guidance", type=number(float, 0, 1000), default=1.0, help="other than 1 doubles the evaluations")
     add("--window", type=int, help="chunks of history, at most what training saw")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--out", type=Path, default=Path("sample.mp4"), help="film.mp4, .gif, .wav or .png (a filmstrip)")
     add("--json", action="store_true", help="print the figures as one JSON object")
@@ -595,8 +592,6 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises UserError and the like."""
     train.check_device(args.device)
-    if not 0 <= args.guidance < math.inf or not 0 <= args.seed < 2 ** 63:
-        raise UserError("--guidance and --seed must not be negative, nor beyond all use")
     if args.benchmark:
         result = benchmark(args)
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")
@@ -605,8 +600,6 @@ def run(args) -> int:
         args.seconds = args.seconds or 25.0
         if args.talkers < 2 or args.seconds < WINDOWS[0][1]:
             raise UserError(f"--evaluate needs at least 2 talkers and {WINDOWS[0][1]} seconds")
-        if args.steps is not None and not 1 <= args.steps <= 1000:
-            raise UserError("--steps must be between 1 and 1000")
         args.few_steps = args.steps or 4
         args.multi_steps = args.steps if args.steps and args.mode == "multi" else 50
         result = evaluate(args)

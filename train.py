@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
+import os
 import platform
 import re
 import resource
@@ -23,6 +23,8 @@ import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -321,8 +323,7 @@ def read_subtitles(path: Path, cfg: Config, frames: int) -> np.ndarray:
 
 
 def load_clips(folder: Path, cfg: Config, seconds: float, cache: Path) -> list[Film]:
-    """The films and sounds of a folder, decoded once into a cache; bad files are named, counted, left out.
-    Raises TrainingError if none is left."""
+    """The films and sounds of a folder, decoded once into a cache; bad files are named and left out."""
     cache.mkdir(exist_ok=True)
     paths, clips = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in FILMS + SOUNDS], []
     for path in tqdm(paths, desc="clips", disable=None):
@@ -349,8 +350,7 @@ def load_clips(folder: Path, cfg: Config, seconds: float, cache: Path) -> list[F
 
 
 def drawer(clips: list[Film] | None, stage: str):
-    """What draws a film for a stage, like talk(): a random stretch of a random clip, taken for a whole film;
-    without clips talk() itself. Raises TrainingError if no clip has what the stage needs."""
+    """What draws a film for a stage: talk(), or of clips a random stretch of one, taken for a whole film."""
     if clips is None:
         return talk
     needs = {"video": ("frames",), "audio": ("samples",)}.get(stage, ("frames", "samples"))
@@ -384,20 +384,67 @@ def encode_films(cfg: Config, films: list[Film]) -> tuple[torch.Tensor, Controls
         VideoCodec(cfg).encode(still), torch.ones(len(films), dtype=torch.bool))
 
 
-def drop_controls(cfg: Config, controls: Controls, rng: np.random.Generator) -> Controls:
-    """Each control of each film is unknown now and then, so that guidance and free babbling both work."""
-    keep = torch.from_numpy(rng.random((3, len(controls.character))) >= np.array([[0.45], [0.3], [0.5]]))
+def drop_controls(cfg: Config, controls: Controls, chance: np.ndarray) -> Controls:
+    """Each control of each film is unknown if its chance (3, B) says so: guidance and babbling need that."""
+    keep = torch.from_numpy(chance >= np.array([[0.45], [0.3], [0.5]]))
     null = controls.dropped(cfg)
     return Controls(torch.where(keep[0, :, None], controls.symbols, null.symbols),
                     torch.where(keep[1], controls.character, null.character), controls.first, keep[2])
 
 
-def film_batch(cfg: Config, draw, seed: int, stage: int, step: int, batch: int, seconds: float):
-    """The batch of a training step, a function of its arguments alone: a run can be resumed anywhere."""
+def film_batch(cfg: Config, draw, seed: int, stage: int, step: int, rows: range, seconds: float):
+    """Rows of the batch of a training step, a function of its arguments alone: a run can be resumed anywhere,
+    and divided among processes and passes."""
     frames = round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
-    films = [draw(cfg, np.random.default_rng([seed, stage, step, row]), frames) for row in range(batch)]
-    x, controls = encode_films(cfg, films)
-    return x, drop_controls(cfg, controls, np.random.default_rng([seed, stage, step, batch]))   # no row's own
+    chances = [np.random.default_rng([seed, stage, step, row]) for row in rows]
+    x, controls = encode_films(cfg, [draw(cfg, rng, frames) for rng in chances])
+    return x, drop_controls(cfg, controls, np.stack([rng.random(3) for rng in chances], 1))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Many processes (torchrun) and many passes: each takes its part of a batch, and the gradients are averaged.
+
+def process() -> tuple[int, int]:
+    """Which process this is, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+class Share(TorchFunctionMode):
+    """While it is entered, random numbers are drawn for the whole batch, and this part of it keeps its own:
+    however a batch is divided, the run is the same."""
+
+    def __init__(self, part: int, parts: int):
+        super().__init__()
+        self.part, self.parts = part, parts
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.randn_like:
+            like, function = args[0], torch.randn
+            args, kwargs = (like.shape,), {"dtype": like.dtype, "device": like.device}
+        if function not in (torch.randn, torch.rand, torch.randint) or len(args[-1]) == 0:   # one for all
+            return function(*args, **kwargs)
+        *bounds, (rows, *size) = args
+        whole = function(*bounds, (self.parts * rows, *size), **kwargs)
+        return whole[self.part * rows:(self.part + 1) * rows]
+
+
+def average_gradients(weights: list[torch.Tensor]) -> None:
+    """Give all processes the mean of their gradients, the same bits to each."""
+    if process()[1] > 1:
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients]) / process()[1]
+        dist.all_reduce(flat)
+        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def anyone(wish, device: str) -> bool:
+    """Whether any of the processes wishes it."""
+    wishes = torch.tensor(float(bool(wish)), device=device)
+    if process()[1] > 1:
+        dist.all_reduce(wishes)
+    return bool(wishes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -425,6 +472,17 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
+def number(kind: type, least: float, most: float):
+    """The type of an argument: a number between these, both included."""
+    def read(text: str):
+        if not least <= kind(text) <= most:
+            raise ValueError
+        return kind(text)
+
+    read.__name__ = f"number from {least} to {most}:"
+    return read
 
 
 def check_device(name: str) -> None:
@@ -520,20 +578,30 @@ def backward(state: State, losses: dict) -> dict[str, float]:
     return norms
 
 
+def batch_of(args, seconds: float) -> int:
+    """Clips of this length in a step, among all processes: at about equal cost."""
+    return max(1, round(args.batch * args.seconds[0] / seconds))
+
+
 def train_step(state: State, args) -> dict[str, float]:
-    """One step of the state's stage; returns the figures to log. Raises TrainingError at a loss of NaN."""
+    """One step of the state's stage; returns the figures to log, of this process's last part of the batch.
+    Raises TrainingError at a loss of NaN."""
     cfg, index = state.model.cfg, list(STAGES).index(state.stage)
     seconds = args.seconds[state.step % len(args.seconds)]             # clips of several lengths take turns
-    batch = max(1, round(args.batch * args.seconds[0] / seconds))      # at about equal cost
-    draw = drawer(args.clips, state.stage)
-    x, controls = film_batch(cfg, draw, args.seed, index, state.step, batch, seconds)
-    x, controls = x.to(args.device), Controls(*(c.to(args.device) for c in controls))
-    torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=not args.fp32):
-        losses, logs = losses_of(state, x, controls, args)
-    if not all(loss.isfinite() for loss in losses.values()):
-        raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
-    logs |= backward(state, losses)
+    (rank, ranks), draw = process(), drawer(args.clips, state.stage)
+    parts = ranks * args.accumulate
+    size = batch_of(args, seconds) // parts
+    for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
+        rows = range(part * size, (part + 1) * size)
+        x, controls = film_batch(cfg, draw, args.seed, index, state.step, rows, seconds)
+        x, controls = x.to(state.model.no_first), Controls(*(c.to(args.device) for c in controls))
+        torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
+        with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=not args.fp32):
+            losses, logs = losses_of(state, x, controls, args)
+        if not all(loss.isfinite() for loss in losses.values()):
+            raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
+        logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
+    average_gradients([weight for net in state.networks().values() for weight in net.parameters()])
     steps, lr = args.steps or STAGES[state.stage].steps, args.lr or STAGES[state.stage].lr
     for optimizer in state.optimizers:
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
@@ -549,8 +617,7 @@ def train_step(state: State, args) -> dict[str, float]:
 def write_strip(model: AudioVideoTransformer, path: Path) -> None:
     """What the model makes now, a PNG: four talkers of 3 s, few-step mode, 4 evaluations, a frame a chunk."""
     cfg = model.cfg
-    films = [talk(cfg, np.random.default_rng([0, len(STAGES), i]), 12 * cfg.chunk_frames) for i in range(4)]
-    _, controls = encode_films(cfg, films)
+    _, controls = film_batch(cfg, talk, 0, len(STAGES), 0, range(4), 12 * cfg.chunk_seconds)
     controls = Controls(*(c.to(model.no_first.device) for c in controls))
     noise = torch.Generator().manual_seed(0)
     chunks = generate(model, controls, 12, time_grid(4, cfg.shift), generator=noise)
@@ -561,12 +628,12 @@ def write_strip(model: AudioVideoTransformer, path: Path) -> None:
 
 def train_stage(state: State, args) -> None:
     """Train a stage from where its state is to its end; log, checkpoints and filmstrips now and then."""
-    steps, stop = args.steps or STAGES[state.stage].steps, []
+    steps, stop, first = args.steps or STAGES[state.stage].steps, [], process()[0] == 0
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C ends after the step in progress
     bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=None)
     try:
-        with open(args.out / "log.jsonl", "a", buffering=1) as log:
-            while state.step < steps and not stop:
+        with open(args.out / "log.jsonl" if first else os.devnull, "a", buffering=1) as log:
+            while state.step < steps and not anyone(stop, args.device):
                 began = time.perf_counter()
                 figures = train_step(state, args)
                 if state.step % args.log == 0 or state.step in (1, steps):
@@ -575,7 +642,7 @@ def train_stage(state: State, args) -> None:
                     print(json.dumps({"stage": state.stage, "step": state.step} | figures), file=log)
                 bar.set_postfix(loss=f"{figures['loss']:.3f}")
                 bar.update()
-                if state.step % args.save == 0 or state.step == steps or stop:
+                if first and (state.step % args.save == 0 or state.step == steps or stop):
                     save_checkpoint(args.out / f"{state.stage}.pt", state.ema, {
                         "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
                     state.save(args.out / "resume.pt", args)
@@ -584,8 +651,9 @@ def train_stage(state: State, args) -> None:
     finally:
         bar.close()
         signal.signal(signal.SIGINT, before)
-    if stop:
+    if state.step < steps:
         raise KeyboardInterrupt
+    anyone(False, args.device)                             # the first has saved when the others go on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -646,7 +714,7 @@ def machine(device) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in about.splitlines() if line.startswith("model name")]
+    names = re.findall(r"model name\s*: (.*)", about)
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
@@ -692,7 +760,7 @@ def benchmark(args, cfg: Config) -> dict:
     for stage in STAGES:
         state = State(copy.deepcopy(model), stage, args)
         add(f"a step of stage {stage}", lambda: train_step(state, args))
-    x, controls = film_batch(cfg, talk, 0, 0, 0, args.batch, args.seconds[0])
+    x, controls = film_batch(cfg, talk, 0, 0, 0, range(args.batch), args.seconds[0])
     x, controls = x.to(device), Controls(*(c.to(device) for c in controls))
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], Controls(*(c[third] for c in controls))
@@ -714,8 +782,8 @@ def benchmark(args, cfg: Config) -> dict:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(description="Train Mutual Forcing on the synthetic talker.")
-    add = parser.add_argument
+    parser = Parser(prog="train.py", description="Train Mutual Forcing on the synthetic talker.")
+    add, count, weight = parser.add_argument, number(int, 1, 10 ** 9), number(float, 0, 1000)
     default = {name: ", ".join(f"{stage} {getattr(value, name)}" for stage, value in STAGES.items())
                for name in ("steps", "lr")}
     add("--stage", choices=(*STAGES, "all"), default="all")
@@ -723,24 +791,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on from where the run in --out was interrupted")
     add("--preset", choices=("tiny",), help="tiny: every stage in under three minutes, to see it all work")
     add("--config", nargs="+", default=[], metavar="FIELD=N", help="sizes of a new model, see Config")
-    add("--steps", type=int, help=f"of each stage; default {default['steps']}")
+    add("--steps", type=count, help=f"of each stage; default {default['steps']}")
     add("--data", type=Path, help="folder of clips with sound to train on, instead of the talker")
-    add("--batch", type=int, default=8, help="clips of the first length in a step")
+    add("--batch", type=count, default=8, help="clips of the first length in a step")
     add("--seconds", type=float, nargs="+", default=[1.5, 1.5, 3.0], help="lengths of clips, taking turns")
-    add("--lr", type=float, help=f"learning rate; default {default['lr']}")
+    add("--accumulate", type=count, default=1, help="passes that share a step's clips, for a small device")
+    add("--lr", type=number(float, 1e-12, 1), help=f"learning rate; default {default['lr']}")
     add("--history", choices=("real", "few"), default="few", help="stage 3: few = self-made")
-    add("--shortcut", type=float, default=2 / 3, help="stage 3: weight of ShortCut")
-    add("--dmd", type=float, default=1 / 3, help="stage 3: weight of DMD")
-    add("--guidance", type=float, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
+    add("--shortcut", type=weight, default=2 / 3, help="stage 3: weight of ShortCut")
+    add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD")
+    add("--guidance", type=weight, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
     add("--teacher", type=Path, help="stage 3: a frozen checkpoint as DMD's real score")
     add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--json", action="store_true", help="print the benchmark as one JSON object")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, 999999), default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--fp32", action="store_true", help="no bf16: slower; for processors without it")
-    add("--log", type=int, default=20, help="steps between lines of log.jsonl")
-    add("--save", type=int, default=250, help="steps between checkpoints")
+    add("--log", type=count, default=20, help="steps between lines of log.jsonl")
+    add("--save", type=count, default=250, help="steps between checkpoints")
     add("--out", type=Path, default=Path("runs/talker"), help="folder of checkpoints, log and filmstrips")
     return parser
 
@@ -751,14 +820,6 @@ def configure(args) -> Config:
         for name, value in TINY.items():
             setattr(args, name, value)
     check_device(args.device)
-    for name in ("steps", "batch", "lr", "log", "save"):
-        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
-            raise TrainingError(f"--{name} must be more than 0")
-    for name in ("shortcut", "dmd", "guidance"):
-        if not 0 <= getattr(args, name) < math.inf:
-            raise TrainingError(f"--{name} must not be negative")
-    if not 0 <= args.seed < 10 ** 6:
-        raise TrainingError("--seed must be between 0 and 999999")
     fields, known = {}, {field.name: type(field.default) for field in dataclasses.fields(Config)}
     for text in args.config:
         name, _, value = text.partition("=")
@@ -778,6 +839,10 @@ def configure(args) -> Config:
         raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
     if not all(2 * cfg.chunk_seconds <= seconds <= cfg.clock / 2 for seconds in args.seconds):
         raise TrainingError(f"--seconds must be between {2 * cfg.chunk_seconds} and {cfg.clock / 2}")
+    parts = args.accumulate * process()[1]
+    rows = parts * (1 + (args.shortcut > 0) + (args.dmd > 0) if args.stage in ("mutual", "all") else 1)
+    if parts > 1 and any(batch_of(args, seconds) % rows for seconds in args.seconds):
+        raise TrainingError(f"--batch: in {parts} parts, clips of each length must be a multiple of {rows}")
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
@@ -806,10 +871,12 @@ def run(args) -> None:
     if args.config and model.cfg != cfg:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     args.out.mkdir(parents=True, exist_ok=True)
-    for half in args.out.rglob("*.part"):                              # of a run that was killed as it saved
+    for half in args.out.rglob("*.part") if process()[0] == 0 else ():   # of a run killed as it saved
         half.unlink()
-    if args.data:
-        args.clips = load_clips(args.data, model.cfg, max(args.seconds), args.out / "clips")
+    for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
+        if rank == process()[0]:
+            args.clips = load_clips(args.data, model.cfg, max(args.seconds), args.out / "clips")
+        anyone(False, args.device)
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
     for stage in stages:
@@ -825,8 +892,16 @@ def run(args) -> None:
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     try:
+        if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():   # by torchrun, among others
+            if args.device == "cuda":
+                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            if process()[0] > 0:
+                sys.stderr = open(os.devnull, "w")         # the first speaks for all
         run(args)
         return 0
+    except dist.DistBackendError:
+        print(f"train.py: another process has ended; go on with --resume --out {args.out}", file=sys.stderr)
     except (TrainingError, CheckpointError) as error:
         good = sorted(args.out.glob("[!r]*.pt"), key=lambda path: path.stat().st_mtime)   # not resume.pt
         print(f"train.py: {error}" + (f"; last good checkpoint: {good[-1]}" if good else ""), file=sys.stderr)
