@@ -105,6 +105,7 @@ class VideoCodec:
     def encode(self, frames: Tensor) -> Tensor:
         """uint8 (B, F, image, image, 3), F a multiple of step_frames -> (B, S, N, video_dim)."""
         cfg, b = self.cfg, len(frames)
+        assert frames.shape[2:] == (cfg.image, cfg.image, 3), frames.shape
         x = frames.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
         x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(5).flatten(2, 3).float() / 127.5 - 1
         return (self.basis.to(x.device) @ x).flatten(3)                # (B, S, N, step_frames, 3 patch^2)
@@ -597,8 +598,7 @@ def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
     k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E), which never fall."""
     states = [x]
     for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):
-        x = x + displacement(predict(x, k), x, t, d)
-        states.append(x)
+        states.append(x := x + displacement(predict(x, k), x, t, d))
     return states
 
 
@@ -787,7 +787,7 @@ def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one or
     two real chunks, so that the film belongs to the clip; "real": teacher forcing. times: see generate()."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
-    given = min(int(torch.randint(1, 3, ())), chunks - 1) if history == "few" else 0
+    given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
     made = generate(model, controls, chunks, times, real=x, given=given, forced=history == "real")
     own = torch.arange(x.shape[1], device=x.device) >= given * c
     return [torch.cat(state, 1) for state in zip(*made)], own
@@ -800,7 +800,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     the model's slow copy, whose multi-step mode teaches (our choice: EMA weights). real: DMD's real score,
     the teacher itself or Self-Forcing's, whose chunk is then score_chunk. fake: the online fake-score model.
     history: "few" is self-made, "real" teacher forcing. The rows are divided among the objectives: a step
-    costs one pass of the student. Returns the weighted losses by term; fake has its own optimizer."""
+    costs one pass of the student. Returns the weighted losses by term."""
     cfg, b = model.cfg, len(x)
     times = time_grid(steps, cfg.shift).to(x)
     weights = {"flow": 1.0} | ({"shortcut": shortcut} if shortcut else {}) | ({"dmd": dmd} if dmd else {})

@@ -227,8 +227,8 @@ def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
 
 def held_out(cfg: Config, count: int, seconds: float, kind: int = 0, draw=train.talk) -> list[train.Film]:
     """Talkers from seeds that training never sees; kind 0 to score, 1 as the distances' reference."""
-    frames = int(np.ceil(seconds / cfg.chunk_seconds)) * cfg.chunk_frames
-    return [draw(cfg, np.random.default_rng([HELD_OUT, kind, i]), frames) for i in range(count)]
+    return [draw(cfg, np.random.default_rng([HELD_OUT, kind, i]), train.frames_of(cfg, seconds))
+            for i in range(count)]
 
 
 def to_films(films: list[train.Film], cfg: Config) -> Films:
@@ -271,9 +271,8 @@ def evaluate(args) -> dict:
     cfg = models[0][1].cfg
     ruler, draw = Ruler(cfg), train.talk
     if args.data:
-        cache = args.evaluate[0].parent / "clips"
-        clips = train.load_clips(args.data, cfg, args.seconds + cfg.chunk_seconds, cache)
-        draw = train.drawer(clips, "joint")
+        least, cache = train.frames_of(cfg, args.seconds), args.evaluate[0].parent / ".clips"
+        draw = train.drawer(train.load_clips(args.data, cfg, least, cache), "joint")
     talkers, others = (held_out(cfg, args.talkers, args.seconds, kind, draw) for kind in (0, 1))
     truth, reference = to_films(talkers, cfg), to_films(others, cfg)
     settings = [(mode, steps) for mode, steps in (("few", args.few_steps), ("multi", args.multi_steps))
@@ -592,6 +591,8 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises UserError and the like."""
     train.check_device(args.device)
+    if args.data and not args.evaluate:
+        raise UserError("--data: is for --evaluate")
     if args.benchmark:
         result = benchmark(args)
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")

@@ -1,6 +1,5 @@
-"""Train Mutual Forcing on the synthetic talker: the world, the data and one flat loop (the method is in
-mutual_forcing.py). `python train.py` runs all stages; `python train.py --preset tiny` shows every stage in
-minutes.
+"""Train Mutual Forcing on the synthetic talker or on clips: the world, the data and one flat loop (the
+method is in mutual_forcing.py). `python train.py` runs all stages; with `--preset tiny` in minutes.
 """
 import argparse
 import copy
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import time
 import timeit
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -283,7 +283,7 @@ def talk(cfg: Config, rng: np.random.Generator, frames: int, who: Identity | Non
 # The clip folder: ordinary films and sounds, brought to the model's frame rate, size and sample rate.
 
 FILMS, SOUNDS = (".mp4", ".mov", ".webm", ".mkv"), (".wav", ".flac", ".ogg", ".mp3")
-SUBTITLE = re.compile(2 * r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)(?: +--> +)?" + r".*\n((?:.+\n?)*)")
+SUBTITLE = re.compile(2 * r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)(?:\s*-->\s*)?" + r".*\n((?:.+\n?)*)")
 
 
 def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
@@ -295,13 +295,14 @@ def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
 
     n, rate = cfg.image, str(cfg.sample_rate)
     sound = decode("-vn", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", rate, "-f", "f32le")
-    samples, frames = np.frombuffer(sound.stdout, np.float32).clip(-1, 1), np.empty((0, n, n, 3), np.uint8)
+    samples = np.nan_to_num(np.frombuffer(sound.stdout, np.float32)).clip(-1, 1)
+    frames = np.empty((0, n, n, 3), np.uint8)
     if path.suffix.lower() in FILMS:                       # ffmpeg turns and times the frames as they ask
         fit = f"fps={cfg.fps},scale={n}:{n}:force_original_aspect_ratio=increase,crop={n}:{n}"
         film = decode("-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24")
         frames = np.frombuffer(film.stdout, np.uint8).reshape(-1, n, n, 3).copy()
-    said = re.search(rb"Duration: (\d+):(\d+):([\d.]+)", sound.stderr)   # by the file itself
-    seconds = np.dot([float(x) for x in said.groups()], (3600, 60, 1)) if said else 0
+    said = re.search(rb"Duration: (\d+):(\d+):([\d.]+), start: ([-\d.]+)", sound.stderr)
+    seconds = np.dot([float(x) for x in said.groups()], (3600, 60, 1, -1)) if said else 0
     if not 0 < max(len(frames) / cfg.fps, len(samples) / cfg.sample_rate) >= 0.9 * seconds - 0.2:
         raise ValueError("unreadable, or cut short")
     if len(frames) and len(samples):                       # late sound begins, short sound ends in silence
@@ -311,41 +312,48 @@ def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_subtitles(path: Path, cfg: Config, frames: int) -> np.ndarray:
-    """The transcript beside a clip (.srt or .vtt), letters spread over their interval -> symbols (F,)."""
+    """The transcript beside a clip (.srt or .vtt), letters spread over their interval -> symbols (F,), which
+    are unknown if no letter is found."""
     symbols = np.full(frames, SILENCE)
-    for *clock, text in SUBTITLE.findall(path.read_text("utf-8", "replace") + "\n"):
+    lines = (line.strip() + "\n" for line in path.read_text("utf-8", "replace").splitlines())
+    for *clock, text in SUBTITLE.findall("".join(lines)):
         seconds = np.array([float(x or 0) for x in clock]).reshape(2, 4) @ (3600, 60, 1, 0.001)
-        begin, end = (int(round(x * cfg.fps)) for x in seconds)
+        begin, end = (int(round(min(x * cfg.fps, 1e9))) for x in seconds)
         letters = spell(" ".join(re.sub(r"<.*?>|{.*?}", "", text).split()) + " ", 1)
         at = np.arange(begin, min(end, frames))
         symbols[at] = np.array(letters)[(at - begin) * (len(letters) - 1) // max(1, end - begin)]
+    if (symbols == SILENCE).all():
+        print(f"{path}: no transcript of letters a to z in it", file=sys.stderr)
+        symbols[:] = cfg.symbols
     return symbols
 
 
-def load_clips(folder: Path, cfg: Config, seconds: float, cache: Path) -> list[Film]:
-    """The films and sounds of a folder, decoded once into a cache; bad files are named and left out."""
+def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]:
+    """The films and sounds of a folder that last at least so many frames, decoded once into a cache; others
+    are named and left out."""
     cache.mkdir(exist_ok=True)
     paths, clips = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in FILMS + SOUNDS], []
-    for path in tqdm(paths, desc="clips", disable=None):
-        about = repr((path.resolve(), path.stat().st_mtime_ns, cfg.image, cfg.fps, cfg.sample_rate))
+    for path in tqdm([path for path in paths if path.is_file()], desc="clips", disable=None):
+        about = repr((FORMAT, path.resolve(), path.stat().st_mtime_ns, cfg.image, cfg.fps, cfg.sample_rate))
         kept = cache / hashlib.sha256(about.encode()).hexdigest()[:16]
         try:
-            if not kept.exists():
+            try:
+                clip = load_file(kept)
+            except CheckpointError:                        # none yet, or damaged
                 frames, samples = map(torch.from_numpy, decode_clip(path, cfg))
-                save_file(kept, {"format": FORMAT, "frames": frames, "samples": samples})
-            frames, samples = (load_file(kept)[part].numpy() for part in ("frames", "samples"))
+                clip = {"format": FORMAT, "frames": frames, "samples": samples}
+                save_file(kept, clip)
+            frames, samples = clip["frames"].numpy(), clip["samples"].numpy()
             length = len(frames) or len(samples) * cfg.fps // cfg.sample_rate
-            if length < seconds * cfg.fps:
-                raise ValueError(f"only {length / cfg.fps:.2f} s of it can be read")
+            if length < least:
+                raise ValueError(f"{length} frames of it can be read, not {least}")
             text = next((p for p in map(path.with_suffix, (".srt", ".vtt")) if p.exists()), None)
-            around = np.full(cfg.margin, SILENCE if text else cfg.symbols)
-            said = read_subtitles(text, cfg, length) if text else np.full(length, cfg.symbols)
+            said = np.full(length, cfg.symbols) if text is None else read_subtitles(text, cfg, length)
+            around = np.full(cfg.margin, said[0] if said[0] == cfg.symbols else SILENCE)
             clips.append(Film(frames, samples, np.concatenate([around, said, around]), len(NAMES)))
-        except (ValueError, OSError, CheckpointError) as error:
+        except ValueError as error:
             print(f"{path}: skipped, {error}", file=sys.stderr)
     print(f"{folder}: {len(clips)} of {len(paths)} files serve", file=sys.stderr)
-    if not clips:
-        raise TrainingError(f"--data {folder}: no clip of {seconds} s in it")
     return clips
 
 
@@ -392,10 +400,15 @@ def drop_controls(cfg: Config, controls: Controls, chance: np.ndarray) -> Contro
                     torch.where(keep[1], controls.character, null.character), controls.first, keep[2])
 
 
+def frames_of(cfg: Config, seconds: float) -> int:
+    """Frames of a clip of about this length: whole chunks."""
+    return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
+
+
 def film_batch(cfg: Config, draw, seed: int, stage: int, step: int, rows: range, seconds: float):
     """Rows of the batch of a training step, a function of its arguments alone: a run can be resumed anywhere,
     and divided among processes and passes."""
-    frames = round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
+    frames = frames_of(cfg, seconds)
     chances = [np.random.default_rng([seed, stage, step, row]) for row in rows]
     x, controls = encode_films(cfg, [draw(cfg, rng, frames) for rng in chances])
     return x, drop_controls(cfg, controls, np.stack([rng.random(3) for rng in chances], 1))
@@ -459,7 +472,7 @@ class StageDefaults(NamedTuple):
 
 STAGES = {"video": StageDefaults(500, 1e-3, 0.999), "audio": StageDefaults(600, 1e-3, 0.999),
           "joint": StageDefaults(13000, 1e-3, 0.999), "mutual": StageDefaults(200, 1e-4, 0.99)}
-TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.0, 1.5],
+TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
 
 
@@ -489,7 +502,7 @@ def check_device(name: str) -> None:
     """Raise TrainingError unless PyTorch can compute there."""
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except Exception:  # PyTorch has many for this
         raise TrainingError(f"--device {name}: PyTorch sees no such device here") from None
 
 
@@ -614,26 +627,28 @@ def train_step(state: State, args) -> dict[str, float]:
 
 
 @torch.no_grad()
-def write_strip(model: AudioVideoTransformer, path: Path) -> None:
-    """What the model makes now, a PNG: four talkers of 3 s, few-step mode, 4 evaluations, a frame a chunk."""
-    cfg = model.cfg
-    _, controls = film_batch(cfg, talk, 0, len(STAGES), 0, range(4), 12 * cfg.chunk_seconds)
+def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) -> None:
+    """What the model makes now, a PNG: four films, few-step mode, 4 evaluations, two frames a chunk."""
+    cfg, chunks = model.cfg, frames_of(model.cfg, seconds) // model.cfg.chunk_frames
+    _, controls = film_batch(cfg, draw, 0, len(STAGES), 0, range(4), seconds)
     controls = Controls(*(c.to(model.no_first.device) for c in controls))
     noise = torch.Generator().manual_seed(0)
-    chunks = generate(model, controls, 12, time_grid(4, cfg.shift), generator=noise)
-    frames = [VideoCodec(cfg).decode(split(cfg, states[-1])[0])[:, 0].cpu().numpy() for states in chunks]
-    strip = np.concatenate(np.concatenate(frames, 2), 0)  # films below each other, time to the right
+    chunks = generate(model, controls, chunks, time_grid(4, cfg.shift), generator=noise)
+    video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
+    frames = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].swapaxes(0, 1).cpu().numpy()
+    strip = np.concatenate(np.concatenate(list(frames), 2), 0)   # films below each other, time to the right
     iio.imwrite(path, strip.repeat(2, 0).repeat(2, 1))
 
 
 def train_stage(state: State, args) -> None:
     """Train a stage from where its state is to its end; log, checkpoints and filmstrips now and then."""
-    steps, stop, first = args.steps or STAGES[state.stage].steps, [], process()[0] == 0
+    steps, stop, stopped = args.steps or STAGES[state.stage].steps, [], False
+    first = process()[0] == 0
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C ends after the step in progress
     bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=None)
     try:
         with open(args.out / "log.jsonl" if first else os.devnull, "a", buffering=1) as log:
-            while state.step < steps and not anyone(stop, args.device):
+            while state.step < steps and not stopped:
                 began = time.perf_counter()
                 figures = train_step(state, args)
                 if state.step % args.log == 0 or state.step in (1, steps):
@@ -642,18 +657,20 @@ def train_stage(state: State, args) -> None:
                     print(json.dumps({"stage": state.stage, "step": state.step} | figures), file=log)
                 bar.set_postfix(loss=f"{figures['loss']:.3f}")
                 bar.update()
-                if first and (state.step % args.save == 0 or state.step == steps or stop):
+                stopped = anyone(stop, args.device)
+                if first and (state.step % args.save == 0 or state.step == steps or stopped):
                     save_checkpoint(args.out / f"{state.stage}.pt", state.ema, {
                         "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
                     state.save(args.out / "resume.pt", args)
                     if state.stage in ("joint", "mutual") and not args.whole:
-                        write_strip(state.ema, args.out / f"{state.stage}.png")
+                        draw = drawer(args.clips, state.stage)
+                        write_strip(state.ema, draw, max(args.seconds), args.out / f"{state.stage}.png")
     finally:
         bar.close()
         signal.signal(signal.SIGINT, before)
-    if state.step < steps:
+    anyone(False, args.device)                             # the others wait until the first has saved
+    if stopped:
         raise KeyboardInterrupt
-    anyone(False, args.device)                             # the first has saved when the others go on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -837,8 +854,9 @@ def configure(args) -> Config:
         raise TrainingError("--config: the talker needs step_sounds = 2 step_frames, and its 27 symbols")
     if args.whole and args.stage in ("mutual", "all"):
         raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
-    if not all(2 * cfg.chunk_seconds <= seconds <= cfg.clock / 2 for seconds in args.seconds):
-        raise TrainingError(f"--seconds must be between {2 * cfg.chunk_seconds} and {cfg.clock / 2}")
+    least = cfg.chunk_seconds * (3 if args.stage in ("mutual", "all") else 2)   # to roll out history
+    if not all(least <= seconds <= cfg.clock / 2 for seconds in args.seconds):
+        raise TrainingError(f"--seconds must be between {least} and {cfg.clock / 2}")
     parts = args.accumulate * process()[1]
     rows = parts * (1 + (args.shortcut > 0) + (args.dmd > 0) if args.stage in ("mutual", "all") else 1)
     if parts > 1 and any(batch_of(args, seconds) % rows for seconds in args.seconds):
@@ -871,12 +889,15 @@ def run(args) -> None:
     if args.config and model.cfg != cfg:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     args.out.mkdir(parents=True, exist_ok=True)
-    for half in args.out.rglob("*.part") if process()[0] == 0 else ():   # of a run killed as it saved
-        half.unlink()
+    for half in args.out.glob("*.pt.part") if process()[0] == 0 else ():   # of a run killed as it saved
+        half.unlink(missing_ok=True)
+    least = max(frames_of(model.cfg, seconds) for seconds in args.seconds)
     for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
         if rank == process()[0]:
-            args.clips = load_clips(args.data, model.cfg, max(args.seconds), args.out / "clips")
+            args.clips = load_clips(args.data, model.cfg, least, args.out / ".clips")
         anyone(False, args.device)
+    for stage in stages:
+        drawer(args.clips, stage)                                      # is there something for each of them?
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
     for stage in stages:
@@ -895,7 +916,7 @@ def main(argv=None) -> int:
         if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():   # by torchrun, among others
             if args.device == "cuda":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            dist.init_process_group("gloo" if args.device == "cpu" else "nccl")
+            dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=3))
             if process()[0] > 0:
                 sys.stderr = open(os.devnull, "w")         # the first speaks for all
         run(args)
