@@ -303,6 +303,7 @@ def evaluate(args) -> dict:
 
 ENDINGS = (".mp4", ".gif", ".wav", ".png")
 ENLARGE = 4  # by nearest neighbour: small pixels do not survive H.264
+STILL = 4    # frames between those that a filmstrip shows
 
 
 class FilmWriter:
@@ -313,7 +314,7 @@ class FilmWriter:
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
         self.path = Path(self.folder.name)
         self.frames = self.samples = 0
-        self.stills = []                                   # one frame a chunk and loudness, for the filmstrip
+        self.stills = []                                   # frames and their sound, for the filmstrip
         self.sound = self.video = None
         if self.kind in (".mp4", ".wav"):
             self.sound = soundfile.SoundFile(self.path / "sound.wav", "w", cfg.sample_rate, 1, "PCM_16")
@@ -333,7 +334,8 @@ class FilmWriter:
         if self.sound:
             self.sound.write(np.clip(samples, -1, 1))
         if self.kind == ".png":
-            self.stills.append((frames[0], samples))
+            parts = np.array_split(samples, -(-len(frames) // STILL))
+            self.stills += zip(frames[::STILL], parts)
         elif self.kind == ".mp4":
             for frame in np.ascontiguousarray(frames):
                 self.video.send(frame)
@@ -371,8 +373,8 @@ class FilmWriter:
 
 
 def filmstrip(stills: list, cfg: Config, transcript: str = "", columns: int = 12) -> np.ndarray:
-    """A frame a chunk, below it the waveform, below that the letters said: uint8 (h, w, 3), 12 in a row."""
-    rows = []
+    """Every fourth frame, below it the waveform and the letters said: uint8 (h, w, 3), 12 in a row."""
+    rows, columns = [], min(columns, len(stills))
     for start in range(0, len(stills), columns):
         row = np.full((cfg.image + 40, columns * cfg.image, 3), 255, np.uint8)
         for i, (frame, samples) in enumerate(stills[start:start + columns]):
@@ -381,10 +383,10 @@ def filmstrip(stills: list, cfg: Config, transcript: str = "", columns: int = 12
             for x, part in enumerate(np.array_split(samples, cfg.image)):
                 high = int(np.clip(np.abs(part).max(initial=0) * 40, 0, 11))
                 row[cfg.image + 12 - high:cfg.image + 13 + high, left + x] = (40, 90, 160)
-            said = transcript[(start + i) * cfg.chunk_frames:(start + i + 1) * cfg.chunk_frames]
+            said = transcript[(start + i) * STILL:(start + i + 1) * STILL]
             for j, letter in enumerate(said):
                 glyph = np.kron(glyph_of(letter), np.ones((2, 2), np.uint8))[..., None]
-                x = left + 2 + j * cfg.image // cfg.chunk_frames
+                x = left + 2 + j * cfg.image // STILL
                 row[cfg.image + 27:cfg.image + 37, x:x + 6] *= 1 - glyph
         rows.append(row)
     return np.concatenate(rows).repeat(2, 0).repeat(2, 1)

@@ -497,7 +497,7 @@ def test_dmd_gradient_has_the_right_sign_and_a_zero():
 
 
 def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
-    args = train.build_parser().parse_args(["--stage", "mutual", "--batch", "3", "--seconds", "1"])
+    args = train.build_parser().parse_args(["--stage", "mutual", "--batch", "3", "--seconds", "1.5"])
     train.configure(args)
     args.fp32, args.device = True, "cpu"
     x, _, controls = some_clip(b=3)
