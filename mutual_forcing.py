@@ -260,7 +260,7 @@ class StepEmbedding(nn.Module):
         d = cfg.width
         self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
         self.size = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d, bias=False))
-        self.character = nn.Embedding.from_pretrained(torch.randn(len(cfg.characters) + 1, d), freeze=False)
+        self.character = nn.Embedding(len(cfg.characters) + 1, d)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S) and character (B,) -> (B, S, D)."""
@@ -276,7 +276,7 @@ class TextEmbedding(nn.Module):
     def __init__(self, cfg: Config, tokens: int, instants: int):
         super().__init__()
         self.frames, self.instants, self.tokens = cfg.step_frames, instants, tokens    # of a latent step
-        self.embed = nn.Embedding.from_pretrained(torch.randn(cfg.symbols + 1, 64), freeze=False)
+        self.embed = nn.Embedding(cfg.symbols + 1, 64)
         self.near = nn.Conv1d(64, cfg.width, 2 * cfg.margin + 1)
         self.out = nn.Linear(cfg.step_frames * cfg.width, instants * cfg.width)
 
