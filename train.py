@@ -731,8 +731,8 @@ def machine(device) -> str:
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = re.findall(r"model name\s*: (.*)", about)
-    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+    names = [*re.findall(r"model name\s*: (.*)", about), platform.processor()]
+    return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
 def in_precision(model: AudioVideoTransformer, precision: str | None) -> AudioVideoTransformer:
@@ -837,17 +837,12 @@ def configure(args) -> Config:
         for name, value in TINY.items():
             setattr(args, name, value)
     check_device(args.device)
-    fields, known = {}, {field.name: type(field.default) for field in dataclasses.fields(Config)}
-    for text in args.config:
-        name, _, value = text.partition("=")
-        if known.get(name) not in (int, float):
-            raise TrainingError(f"--config {text}: not FIELD=NUMBER with a field of {', '.join(known)}")
-        try:
-            fields[name] = known[name](value)
-        except ValueError:
-            raise TrainingError(f"--config {text}: {value!r} is no {known[name].__name__}") from None
+    numbers = {name: type(x) for name, x in dataclasses.asdict(Config()).items() if name != "characters"}
+    pairs = [text.partition("=")[::2] for text in args.config]
     try:
-        cfg = Config(**fields)
+        cfg = Config(**{name: numbers[name](value) for name, value in pairs})
+    except KeyError as error:
+        raise TrainingError(f"--config: no field {error}; there are {', '.join(numbers)}") from None
     except ValueError as error:
         raise TrainingError(f"--config: {error}") from None
     if cfg.step_sounds != 2 * cfg.step_frames or cfg.symbols != Config.symbols:
