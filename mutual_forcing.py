@@ -65,10 +65,9 @@ class Config:
         sizes = [x for x in asdict(self).values() if not isinstance(x, tuple)]
         if not all(0 < x < 2 ** 20 for x in sizes) or self.layers > 999 or self.clock_ticks >= 2 ** 20:
             raise ValueError("a size is not positive, or beyond all use")
-        if self.image % self.patch or (self.audio_dim * self.audio_tokens * self.fps
-                                       != self.sample_rate * self.step_frames):
+        if self.image % self.patch or self.audio_values * self.fps != self.sample_rate * self.step_frames:
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
-        if self.width % self.heads or self.head_dim % 8:
+        if self.width % (8 * self.heads):
             raise ValueError("width / heads must be a multiple of 8 (three axes share the rotary pairs)")
         if 2 * (self.window + 1) * self.chunk * self.step_frames > self.clock * self.fps:
             raise ValueError("the rotary clock must be at least twice as long as the window")
@@ -81,7 +80,7 @@ class Config:
     audio_tokens = property(lambda c: c.step_sounds * c.bands)             # N of the audio branch
     audio_dim = property(lambda c: c.hop // c.bands)                       # values of an audio token
     video_values = property(lambda c: c.video_tokens * c.video_dim)        # of a latent step
-    audio_values = property(lambda c: c.step_sounds * c.hop)               # of a latent step
+    audio_values = property(lambda c: c.audio_tokens * c.audio_dim)        # of a latent step
     step_values = property(lambda c: c.video_values + c.audio_values)      # E
     clock_ticks = property(lambda c: c.clock * c.fps * c.step_sounds // c.step_frames)
     chunk_frames = property(lambda c: c.chunk * c.step_frames)
@@ -201,7 +200,7 @@ def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """A time for each chunk and branch of x (B, S, E), repeated for each value, (B, S, E): logit-normal, and
     warped like the grids; in half of the chunks one for both branches, as in sampling. In the others each has
     its own, so that either learns to follow the other (our choice: a mixture of noise levels)."""
-    u = torch.sigmoid(1.2 * torch.randn((x.shape[0], x.shape[1] // chunk, 2)))
+    u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
     u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
     t = warp(u, cfg.shift).repeat_interleave(chunk, 1)                 # (B, S, 2)
     return t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1).to(x)
@@ -231,6 +230,10 @@ class Controls(NamedTuple):
     character: Tensor     # (B,) long, index into cfg.characters; their number = anyone
     first: Tensor         # (B, 1, N, video_dim), the first frame as a latent step
     has_first: Tensor     # (B,) bool
+
+    def each(self, change) -> "Controls":
+        """A function of one tensor, applied to all of them."""
+        return Controls(*map(change, self))
 
     def chunk(self, cfg: Config, index: int) -> "Controls":
         """The controls as chunk number index sees them: its own frames of transcript and the margins."""
@@ -337,6 +340,10 @@ class Side(nn.Module):
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
         self.offset = nn.Parameter(torch.zeros(6, 1, d))               # this block's own modulation
 
+    def modulate(self, shared: Tensor) -> tuple[Tensor, ...]:
+        """What all blocks share (B, S, 1, 6 D) -> this block's six, each (B, S, 1, D)."""
+        return (shared.unflatten(-1, (6, -1)) + self.offset[:, 0]).unbind(-2)
+
     def project(self, x: Tensor, change, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, H, S N, P)."""
         x = self.qkv(normalise(x, *change[:2])).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
@@ -373,9 +380,9 @@ class Branch(nn.Module):
         """t, d (B, S), character (B,) -> for each block the shift, 1 + scale and gate of attention and those
         of the feed-forward; last the shift and 1 + scale of the head. Each (B, S, 1, D)."""
         condition = self.step(t, d, character)[:, :, None]
-        shared, head = self.modulation(condition), self.head_modulation(condition)
-        changes = [(shared.unflatten(-1, (6, -1)) + side.offset[:, 0]).unbind(-2) for side in self.sides]
-        return [[x + (i % 3 == 1) for i, x in enumerate(change)] for change in (*changes, head.chunk(2, -1))]
+        shared, head = self.modulation(condition), self.head_modulation(condition).chunk(2, -1)
+        changes = (*(side.modulate(shared) for side in self.sides), head)
+        return [[x + (i % 3 == 1) for i, x in enumerate(change)] for change in changes]
 
 
 class Part(NamedTuple):
@@ -608,8 +615,8 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     """Make a film through the cache; yields the states (see denoise) of each chunk. Few-step mode tells the
     network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0). Guidance other
     than 1 runs a second, uncontrolled cache. Training gives real (B, S, E): its first `given` chunks stand,
-    the others begin from it, plus the mean error of the chunk before, noised to times[0] (where that is 0,
-    from noise): errors add up as in a stream, the content is the clip's. forced: the cache keeps real."""
+    others begin from it plus the mean error of the chunk before, noised to times[0]: errors add up as in a
+    stream, the content is the clip's. forced: the cache keeps real."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
     times, rows, wrong = times.to(device), 1 if guidance == 1 else 2, 0
     if guidance != 1:
@@ -668,8 +675,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     transcript: text, or one symbol per frame (cfg.symbols = unknown); None lets the character babble.
     character: a name or its index. first_frame: uint8 (H, W, 3). mode: "few" large steps or "multi" small
     ones. The sound of the first yield is one hop short, the last one brings that hop: together they last
-    exactly the frames' time. Memory does not grow with seconds. Raises ValueError for impossible settings,
-    when the first chunk is asked for."""
+    exactly the frames' time. Memory does not grow with seconds. The first next() may raise ValueError."""
     cfg = model.cfg
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
@@ -678,7 +684,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
     controls = film_controls(cfg, chunks, transcript, character, first_frame)
-    controls = Controls(*(x.to(model.no_first.device) for x in controls))
+    controls = controls.each(lambda x: x.to(model.no_first.device))
     video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
     tail, rest = None, frames * cfg.sample_rate // cfg.fps             # the hop to come, the samples to come
     for states in generate(model, controls, chunks, time_grid(steps, cfg.shift), few=mode == "few",
@@ -717,8 +723,7 @@ def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history
 def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Controls, *, made=None,
                        chunk: int | None = None, branches=BRANCHES) -> tuple[Tensor, dict]:
     """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
-    On self-made films, at the latent steps made (S,), it trains the fake-score model. logs: the loss by
-    branch, and by noise level (between the times of a grid of 4, noise first)."""
+    On self-made films, at the latent steps made (S,), it trains the fake score. logs: also by noise level."""
     cfg = model.cfg
     t = draw_times(cfg, x, chunk or cfg.chunk)
     x_t = add_noise(x, torch.randn_like(x), t)
@@ -735,9 +740,8 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
 def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
                   guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
     """One large step must land where two half steps do (ShortCut, section 3.3). Warped time is cut in 4 or 8,
-    the spans that 4 and 8 evaluations use (our choice: longer ones wreck both modes). Half steps of the
-    shortest spans are the teacher's multi-step mode, guided; those of longer spans its few-step mode. The
-    error is that of x_hat, (1 - t)^2 times the velocity's, which explodes near data."""
+    as in sampling (our choice: longer spans wreck both modes). Half steps of the shortest spans are the
+    teacher's multi-step mode, guided; others its few-step mode. The velocity's error explodes near data."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     cut = torch.tensor(cuts)[torch.randint(len(cuts), (b, s // cfg.chunk))]                  # (B, C)
     begin = (torch.rand(cut.shape) * cut).floor() / cut
@@ -757,11 +761,10 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
 
 def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *, real, fake, times: Tensor,
              made: Tensor, guidance: float = 1.0, chunk: int | None = None) -> tuple[Tensor, dict]:
-    """Move the few-step sampler's films toward the real score, away from their own score (DMD, section 3.3).
-    states: all states of the sampler on times, made on the history without gradient; made (S,) says which
-    latent steps are its own. One step k is drawn and taken again with gradient, at the sampler's
-    own d_k, so that every step it takes is trained and no other (our choice). chunk: None, or the whole clip,
-    with which both scores are bidirectional and see no history (Self-Forcing's teacher)."""
+    """Move the few-step sampler's films toward the real score, away from their own (DMD, section 3.3).
+    states: all states of the sampler on times, made on the history without gradient; made (S,): its own
+    latent steps. One step k is taken again with gradient, at the sampler's own d_k (our choice). chunk:
+    None, or the whole clip, of which bidirectional scores see no history (Self-Forcing's teacher)."""
     cfg = model.cfg
     chunk, seen = (cfg.chunk, history) if chunk is None else (chunk, None)
     k = int(torch.randint(len(times) - 1, ()))
@@ -776,16 +779,16 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
         gradient = []
         for away, gap in zip(cut_branches(cfg, x_fake - x_real), cut_branches(cfg, x_hat - x_real)):
             size = gap.abs().mean(-1).unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)
-            gradient.append(away / size.clamp(min=1e-4)[..., None])    # per chunk and modality
+            gradient.append(away / size.clamp(min=0.2)[..., None])     # our choice: noise is not enlarged
         target = x_hat - torch.cat(gradient, -1)                       # the loss has this gradient at x_hat
     return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
 
 
 @torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
-    """The few-step mode's own films of clips x (B, S, E), made through the streaming cache without gradient:
-    all states of its sampler, and which latent steps (S,) are its own. history "few": its own, after one or
-    two real chunks, so that the film belongs to the clip; "real": teacher forcing. times: see generate()."""
+    """The few-step mode's own films of clips x (B, S, E), made through the streaming cache: all states of its
+    sampler (see generate) and which latent steps (S,) are its own. history: "real" is teacher forcing; "few"
+    its own, after one or two real chunks, so that the film belongs to the clip."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
     given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
     made = generate(model, controls, chunks, times, real=x, given=given, forced=history == "real")
@@ -794,49 +797,46 @@ def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
 
 
 def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, fake, history: str = "few",
-                        shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4, guidance: float = 1.0,
-                        score_chunk: int | None = None) -> tuple[dict[str, Tensor], dict]:
-    """One step of Mutual Forcing (section 3.3): dual-mode self-evolution on real clips x (B, S, E). teacher:
-    the model's slow copy, whose multi-step mode teaches (our choice: EMA weights). real: DMD's real score,
-    the teacher itself or Self-Forcing's, whose chunk is then score_chunk. fake: the online fake-score model.
-    history: "few" is self-made, "real" teacher forcing. The rows are divided among the objectives: a step
-    costs one pass of the student. Returns the weighted losses by term."""
+                        flow: float = 0.1, shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4,
+                        guidance: float = 1.0, score_chunk: int | None = None) -> tuple[dict, dict]:
+    """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
+    multi-step mode teaches (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's,
+    whose chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real"
+    teacher forcing. Rows are divided among the objectives. Returns the weighted losses by term, and logs."""
     cfg, b = model.cfg, len(x)
     times = time_grid(steps, cfg.shift).to(x)
-    weights = {"flow": 1.0} | ({"shortcut": shortcut} if shortcut else {}) | ({"dmd": dmd} if dmd else {})
-    rows = {name: torch.arange(b)[i::len(weights)] if b >= len(weights) else torch.arange(b)
-            for i, name in enumerate(weights)}
-    said = {name: Controls(*(c[r] for c in controls)) for name, r in rows.items()}
+    weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
+    rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}
 
-    # 1. The few-step mode rolls out the history, without gradient. DMD's films begin from noise. The others
-    #    begin each chunk from the real one, noised to a late time of the grid: the errors are the model's
-    #    own, the content the clip's (our choice: after a history that wanders the real chunk is a jump).
+    # 1. The few-step mode rolls out the history, without gradient: DMD's films from noise, others from the
+    #    real chunks at late times of the grid (our choice: after one that wanders the real chunk is a jump).
     if history == "few" or dmd:
         begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)   # (B, 1, 1)
         begin[rows.get("dmd", [])] = 0
         states, made = rollout(model, x, controls, torch.maximum(times, begin), history)
-    past = {name: (states[-1] if history == "few" else x)[r] for name, r in rows.items()}
+    past = states[-1] if history == "few" else x
+    clips = {n: (x[r], past[r], controls.each(lambda c: c[r])) for n, r in rows.items()}
 
     # 2. The multi-step mode learns the real chunk, given that history.
-    losses = {}
-    losses["flow"], logs = flow_matching_loss(model, x[rows["flow"]], past["flow"], said["flow"])
+    losses, logs = {}, {}
+    if flow:
+        losses["flow"], logs = flow_matching_loss(model, *clips["flow"])
 
     # 3. The multi-step mode teaches the few-step mode its interval displacement.
     if shortcut:
-        loss, more = shortcut_loss(model, x[rows["shortcut"]], past["shortcut"], said["shortcut"],
-                                   teacher=teacher, guidance=guidance)
-        losses["shortcut"], logs = shortcut * loss, logs | more
+        losses["shortcut"], more = shortcut_loss(model, *clips["shortcut"], teacher=teacher,
+                                                 guidance=guidance)
+        logs |= more
 
     # 4. The few-step mode's own films move toward the real score; the fake score follows them.
     if dmd:
-        own = [state[rows["dmd"]] for state in states]
-        loss, more = dmd_loss(model, own, past["dmd"], said["dmd"], real=real, fake=fake, times=times,
-                              made=made, guidance=guidance, chunk=score_chunk)
-        losses["dmd"], logs = dmd * loss, logs | more
-        losses["fake"], more = flow_matching_loss(fake, own[-1], past["dmd"] if score_chunk is None else None,
-                                                  said["dmd"], made=made, chunk=score_chunk)
-        logs |= {f"fake_{name}": more[f"flow_{name}"] for name in BRANCHES}
-    return losses, logs                                                # flow + 2/3 ShortCut + 1/3 DMD
+        own, (_, seen, said) = [state[rows["dmd"]] for state in states], clips["dmd"]
+        losses["dmd"], more = dmd_loss(model, own, seen, said, real=real, fake=fake, times=times, made=made,
+                                       guidance=guidance, chunk=score_chunk)
+        losses["fake"], fakes = flow_matching_loss(fake, own[-1], seen if score_chunk is None else None, said,
+                                                   made=made, chunk=score_chunk)
+        logs |= more | {f"fake_{name}": fakes[f"flow_{name}"] for name in BRANCHES}
+    return {name: weights.get(name, 1) * loss for name, loss in losses.items()}, logs
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -895,6 +895,6 @@ def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
         model.time, model.place = rotary_table(cfg)
     except Exception:  # whatever a foreign configuration or foreign weights may raise
         raise CheckpointError(f"{path}: its configuration or weights do not fit this version") from None
-    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+    if not all(weight.isfinite().all() for weight in model.parameters()):
         raise CheckpointError(f"{path}: has weights that are not finite numbers")
     return model.eval().requires_grad_(False), extra

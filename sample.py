@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import train
 from mutual_forcing import (ALPHABET, SILENCE, AudioCodec, AudioVideoTransformer, CheckpointError, Config,
-                            Controls, VideoCodec, denoise, film_controls, generate, load_checkpoint, spell,
-                            split, stream, time_grid)
+                            VideoCodec, denoise, film_controls, generate, load_checkpoint, spell, split,
+                            stream, time_grid)
 
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
@@ -161,6 +161,12 @@ def lag_ms(seen: np.ndarray, heard: np.ndarray, fps: int, reach: int = 5) -> flo
     return 1000 / fps * (i - reach + (0.5 * (score[i - 1] - score[i + 1]) / bend if bend < 0 else 0))
 
 
+def windows_of(seconds: float) -> list[tuple]:
+    """The windows in a film of this length; of long films the last ten seconds too."""
+    last = [(int(seconds) - 10, int(seconds))] if seconds >= WINDOWS[-1][1] + 10 else []
+    return [window for window in WINDOWS if window[1] <= seconds] + last
+
+
 class Films(NamedTuple):
     """Films to be scored: frames uint8 (n, F, h, w, 3), samples (n, N), symbols (n, F) or None."""
     frames: np.ndarray
@@ -200,10 +206,8 @@ def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
     def put(name, value):
         figures.setdefault(name, []).append(None if value is None else round(float(value), 4))
 
-    for begin, end in WINDOWS:
+    for begin, end in windows_of(mouths.shape[1] / fps):
         window = slice(max(begin, 1) * fps, end * fps)     # the first second is not scored
-        if mouths.shape[1] < end * fps:
-            continue
         seen, sounds, loud = mouths[:, window], implied[:, window], heard.letter[:, window] != SILENCE
         put("transcript_error", None if spoken is None else
             letters_read(ruler, films.samples, films.symbols, window.start, window.stop))
@@ -250,7 +254,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
     label = f"{'few' if few else 'multi'} {steps}, {'babbling' if babble else 'spoken'}"
     bar = tqdm(total=-(-len(films) // batch) * chunks, desc=label, disable=None, leave=False)
     for start in range(0, len(films), batch):
-        some = type(controls)(*(c[start:start + batch].to(model.no_first.device) for c in controls))
+        some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
         frames, tokens = [], []
         for states in generate(model, some, chunks, time_grid(steps, cfg.shift), few=few, guidance=guidance,
@@ -295,7 +299,7 @@ def evaluate(args) -> dict:
                 films = remake(model, talkers, few=mode == "few", steps=steps, guidance=args.guidance,
                                babble=control == "babbling", window=args.window, seed=args.seed)
                 add(films, control, name, mode, steps, args.guidance)
-    return {"windows": WINDOWS, "rows": rows}
+    return {"windows": windows_of(args.seconds), "rows": rows}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -416,7 +420,7 @@ def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
     cfg, s = model.cfg, (model.cfg.window + 1) * model.cfg.chunk
     times = time_grid(steps, cfg.shift).to(model.no_first.device)
     controls = film_controls(cfg, chunks if cache else cfg.window + 1, "the quick brown fox " * chunks)
-    controls = Controls(*(x.expand(batch, *x.shape[1:]).to(times.device) for x in controls))
+    controls = controls.each(lambda x: x.expand(batch, *x.shape[1:]).to(times.device))
     if cache:
         yield from generate(model, controls, chunks, times, few=mode == "few", guidance=guidance)
     for _ in range(0 if cache else chunks):
