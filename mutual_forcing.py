@@ -19,6 +19,7 @@ Axes                                          Symbols
 t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts the clean x_hat; the losses
 live in velocity space: u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u.
 """
+import functools
 import hashlib
 import io
 import math
@@ -263,7 +264,8 @@ class StepEmbedding(nn.Module):
         d = cfg.width
         self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
         self.size = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d, bias=False))
-        self.character = nn.Embedding(len(cfg.characters) + 1, d)
+        start = torch.empty(len(cfg.characters) + 1, d).uniform_(-1.7, 1.7)    # normal_() loads a compiler
+        self.character = nn.Embedding.from_pretrained(start, freeze=False)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S) and character (B,) -> (B, S, D)."""
@@ -279,7 +281,7 @@ class TextEmbedding(nn.Module):
     def __init__(self, cfg: Config, tokens: int, instants: int):
         super().__init__()
         self.frames, self.instants, self.tokens = cfg.step_frames, instants, tokens    # of a latent step
-        self.embed = nn.Embedding(cfg.symbols + 1, 64)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.symbols + 1, 64).uniform_(-1.7, 1.7), False)
         self.near = nn.Conv1d(64, cfg.width, 2 * cfg.margin + 1)
         self.out = nn.Linear(cfg.step_frames * cfg.width, instants * cfg.width)
 
@@ -290,6 +292,7 @@ class TextEmbedding(nn.Module):
         return x.repeat_interleave(self.tokens // self.instants, 2)
 
 
+@functools.cache
 def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
     """The 3-D rotary embedding: time (clock_ticks, head_dim / 4) and place (N, head_dim / 4), complex phases.
     The unit of time is a hop of sound. Every frequency is a whole number of turns a period (our choice), so
@@ -365,16 +368,15 @@ class Branch(nn.Module):
         d = cfg.width
         self.embed = nn.Linear(values, d)
         self.text = TextEmbedding(cfg, tokens, instants)
-        self.place = nn.Parameter(0.02 * torch.randn(tokens, d))
+        self.place = nn.Parameter(torch.empty(tokens, d).uniform_(-0.03, 0.03))
         self.step = StepEmbedding(cfg)
         self.modulation = nn.Linear(d, 6 * d)                          # shared by the blocks
         self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
         self.head_modulation = nn.Linear(d, 2 * d)
         self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, values))
-        for layer in (self.modulation, self.head_modulation, self.head[-1]):
-            nn.init.zeros_(layer.weight)                               # adaLN-zero: blocks start as identity
-            nn.init.zeros_(layer.bias)
-        nn.init.zeros_(self.step.size[-1].weight)
+        for layer in (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1]):
+            for weight in layer.parameters():
+                nn.init.zeros_(weight)                                 # adaLN-zero: blocks start as identity
 
     def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
         """t, d (B, S), character (B,) -> for each block the shift, 1 + scale and gate of attention and those
@@ -402,15 +404,14 @@ class AudioVideoTransformer(nn.Module):
         self.cfg = cfg
         self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1)
         self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds)
-        self.no_first = nn.Parameter(0.02 * torch.randn(cfg.video_tokens, cfg.width))   # when there is none
-        self.time, self.place = rotary_table(cfg)                      # no buffers: they stay in fp32
+        self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
 
     def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
         n = self.cfg.step_sounds
         ticks = steps[:, None] * n + torch.arange(n, device=steps.device)
-        time = self.time.to(steps.device)[ticks % self.cfg.clock_ticks]   # (S, step_sounds, pairs)
-        place = self.place.to(steps.device).expand(len(steps), -1, -1)    # (S, N, pairs)
+        time, place = (phases.to(steps.device) for phases in rotary_table(self.cfg))
+        time, place = time[ticks % self.cfg.clock_ticks], place.expand(len(steps), -1, -1)   # (S, .., pairs)
         audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
         return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
 
@@ -441,8 +442,8 @@ class AudioVideoTransformer(nn.Module):
         first = self.video.embed(controls.first.to(self.no_first))
         tokens = torch.where(controls.has_first[:, None, None, None], first, self.no_first) + self.video.place
         one = torch.ones(len(tokens), 1, device=tokens.device)
-        changes = self.video.modulate(one, 0 * one, controls.character)
-        return Part(self.video, tokens, changes, torch.cat([0 * self.place, self.place], -1).to(one.device))
+        changes, place = self.video.modulate(one, 0 * one, controls.character), rotary_table(self.cfg)[1]
+        return Part(self.video, tokens, changes, torch.cat([0 * place, place], -1).to(one.device))
 
     def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
         """All blocks. attend(layer, {name: (q, k, v)}) -> {name: seen} is what the two forms differ in."""
@@ -892,7 +893,6 @@ def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
         with torch.device("meta"):
             model = AudioVideoTransformer(cfg)
         model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
-        model.time, model.place = rotary_table(cfg)
     except Exception:  # whatever a foreign configuration or foreign weights may raise
         raise CheckpointError(f"{path}: its configuration or weights do not fit this version") from None
     if not all(weight.isfinite().all() for weight in model.parameters()):
