@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import imageio
 import imageio.v3 as iio
 import imageio_ffmpeg
 import numpy as np
@@ -318,7 +317,7 @@ class FilmWriter:
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
         self.path = Path(self.folder.name)
         self.frames = self.samples = 0
-        self.stills = []                                   # frames and their sound, for the filmstrip
+        self.stills = []                                   # frames: with their sound, if for the filmstrip
         self.sound = self.video = None
         if self.kind in (".mp4", ".wav"):
             self.sound = soundfile.SoundFile(self.path / "sound.wav", "w", cfg.sample_rate, 1, "PCM_16")
@@ -329,8 +328,6 @@ class FilmWriter:
                 quality=None, output_params=[*enlarge, "-crf", "16", "-preset", "superfast"],
                 macro_block_size=2, ffmpeg_log_level="error")
             self.video.send(None)
-        if self.kind == ".gif":
-            self.video = imageio.get_writer(self.path / "film.gif", mode="I", duration=1000 / cfg.fps, loop=0)
 
     def add(self, frames: np.ndarray, samples: np.ndarray) -> None:
         """Frames (F, h, w, 3) uint8 and samples (N,) float32."""
@@ -344,8 +341,7 @@ class FilmWriter:
             for frame in np.ascontiguousarray(frames):
                 self.video.send(frame)
         elif self.kind == ".gif":
-            for frame in frames.repeat(ENLARGE, 1).repeat(ENLARGE, 2):
-                self.video.append_data(frame)
+            self.stills += list(frames)
 
     def finish(self, transcript: str = "") -> None:
         """Close everything and put the result in its place, at once. Raises OSError if that fails."""
@@ -363,6 +359,10 @@ class FilmWriter:
                 raise OSError(f"ffmpeg could not write the whole film {mux.stderr.strip()[-200:]}")
         if self.kind == ".png":
             iio.imwrite(result, filmstrip(self.stills, self.cfg, transcript))
+        if self.kind == ".gif":
+            frames = np.stack(self.stills).repeat(ENLARGE, 1).repeat(ENLARGE, 2)
+            result.write_bytes(iio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow",
+                                           duration=1000 / self.cfg.fps, loop=0))
         os.replace(result, self.out)
 
     def close(self) -> None:

@@ -1059,7 +1059,10 @@ def configure(args) -> Config:
 def run(args) -> None:
     """What the command line asks for. Raises TrainingError, CheckpointError, OSError, KeyboardInterrupt."""
     if args.tables or args.reproduce:
-        print(tables(json.loads(args.tables.read_text()) if args.tables else reproduce(args)))
+        try:
+            print(tables(json.loads(args.tables.read_text()) if args.tables else reproduce(args)))
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise TrainingError(f"{args.tables}: not the results of --reproduce") from None
         return
     cfg = configure(args)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
