@@ -10,9 +10,9 @@ history, and the multi-step mode learns the real chunk given that history. Then 
 teaches the few-step mode, by ShortCut (a step lands where two half steps do) and DMD (distribution matching).
 
 Axes                                          Symbols
-  B  films in a batch                           x    clean latents          x_t  noised latents
+  B  films in a batch    F  frames              x    clean latents          x_t  noised latents
   S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
-  C  chunks (cfg.chunk latent steps each)       v    velocity x - noise     u    the network's velocity
+  C  chunks (cfg.chunk latent steps; W: seen)    v    velocity x - noise     u    the network's velocity
   N  tokens of one branch in one latent step    x_hat  the network's clean prediction
   D  width    H  heads    P  values of a head    E  values of a latent step (video's, then audio's)
 
@@ -308,7 +308,7 @@ def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, gain: Tensor, phases: Tensor) -> Tensor:
-    """QK-norm of queries and keys (B, n, 2, H, P), gain (2, 1, E), and their turn by phases (n, P / 2)."""
+    """QK-norm of queries and keys (B, n, 2, H, P), gain (2, 1, P), and their turn by phases (n, P / 2)."""
     x_n = F.normalize(x.float(), dim=-1) * (gain * x.shape[-1] ** 0.5)
     pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * phases[:, None, None]).flatten(-2).to(x.dtype)
@@ -798,7 +798,7 @@ def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
 
 
 def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, fake, history: str = "few",
-                        flow: float = 0.1, shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4,
+                        flow: float = 0.3, shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4,
                         guidance: float = 1.0, score_chunk: int | None = None) -> tuple[dict, dict]:
     """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
     multi-step mode teaches (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's,

@@ -24,6 +24,7 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.overrides import TorchFunctionMode
@@ -456,19 +457,20 @@ def average_gradients(weights: list[torch.Tensor]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def shard(net: AudioVideoTransformer) -> None:
+def shard(net: AudioVideoTransformer, device: str) -> None:
     """Divide a network's weights among the processes (FSDP2); each block's are gathered while it works."""
+    mesh = init_device_mesh(torch.device(device).type, (process()[1],))
     sides = [*net.video.sides, *net.audio.sides]
     verbs = {side: ("modulate", "project", "finish") for side in sides}        # what is called from outside
     for module, names in (verbs | {net: ("modulate", "script", "start", "step")}).items():
-        fully_shard(module)
+        fully_shard(module, mesh=mesh)
         for name in names:
             register_fsdp_forward_method(module, name)
 
 
 def whole(tree):
-    """A tree of tensors, those that are divided among the processes put together."""
-    return tree_map_only(DTensor, lambda part: part.full_tensor(), tree)
+    """A tree of tensors, those that are divided among the processes put together, in main memory."""
+    return tree_map_only(DTensor, lambda part: part.full_tensor().cpu(), tree)
 
 
 def divided(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -555,8 +557,8 @@ class State:
         self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False)
         needs_fake = stage == "mutual" and args.dmd > 0
         self.fake = copy.deepcopy(args.real or model).requires_grad_(True) if needs_fake else None
-        for net in self.networks().values() if args.shard else ():
-            shard(net)
+        for net in self.networks().values():
+            shard(net, args.device) if args.shard else net.to(args.device)
         self.optimizers = optimizers_of(self.model, 1)
         if self.fake:                                      # has to keep up with the few-step mode
             self.optimizers += optimizers_of(self.fake, 5)
@@ -586,7 +588,8 @@ def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
     names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "flow", "shortcut",
              "dmd", "guidance", "whole", "init", "teacher", "fp32", "data")
-    return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
+    said = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
+    return said | {"defaults": {stage: list(value) for stage, value in STAGES.items()}}
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
@@ -657,7 +660,7 @@ def train_step(state: State, args) -> dict[str, float]:
         torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
         with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=not args.fp32):
             losses, logs = losses_of(state, x, controls, args)
-        if not all(loss.isfinite() for loss in losses.values()):
+        if anyone(not all(loss.isfinite() for loss in losses.values()), args.device):
             raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
         logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
     average_gradients([weight for net in state.networks().values() for weight in net.parameters()])
@@ -843,7 +846,8 @@ def benchmark(args, cfg: Config) -> dict:
                 ("DMD", lambda: dmd_loss(student, states, some, said, **own)),
                 ("fake score", lambda: flow_matching_loss(state.fake, states[-1], some, said, made=made))):
             add(what, lambda: loss()[0].backward())
-    args.shortcut, args.dmd, args.real, args.real_whole = 0.0, 1.0, copy.deepcopy(state.ema), True
+    args.flow, args.shortcut, args.dmd = 0.0, 0.0, 1.0
+    args.real, args.real_whole = copy.deepcopy(state.ema), True
     forcing = State(copy.deepcopy(model), "mutual", args)
     add("a step of Self-Forcing", lambda: train_step(forcing, args))
     return {"machine": machine(device), "rows": rows}
@@ -887,32 +891,37 @@ def reproduce(args) -> dict:
     rows, arms = [], {}
     if not args.init:
         raise TrainingError("--reproduce: needs --init, a checkpoint of the end of stage 2")
+    if process()[1] > 1:
+        raise TrainingError("--reproduce: is for one process")
+    device = ["--device", args.device, *["--fp32"] * args.fp32]
     args.out.mkdir(parents=True, exist_ok=True)
     for seed, name, scores in tqdm(jobs, desc="arms", disable=None):
         folder, options = args.out / f"{name}-{seed}", ARMS[name][0]
         options = [part.format(init=args.init, out=args.out) for part in options.split()]
-        arm = build_parser().parse_args([*options, "--seed", str(seed), "--out", str(folder)])
+        arm = build_parser().parse_args([*options, *device, "--seed", str(seed), "--out", str(folder)])
         arm.resume = (folder / "resume.pt").exists()
         run(arm)
         made = folder / f"{arm.stage}.pt"
-        pace = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").open()]
-        arms[f"{name}-{seed}"] = {"options": " ".join(options), "seconds_a_step": float(np.median(pace)),
+        lasted = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").open()]
+        arms[f"{name}-{seed}"] = {"options": " ".join(options), "seconds_a_step": float(np.median(lasted)),
                                   "alike": likeness(load_checkpoint(made)[0])}
         for what in scores:
-            for row in scored(made, folder / f"{what}.json", *what.split("-"))["rows"]:
+            for row in scored(made, folder / f"{what}.json", args.device, *what.split("-"))["rows"]:
                 row |= {"seed": seed, "arm": name} if row["mode"] else {"seed": 0, "arm": row["checkpoint"]}
                 rows += [] if row in rows else [row]
-        write_text(args.out / "results.json", json.dumps({"arms": arms, "rows": rows}, indent=0))
+        results = {"machine": machine(args.device), "arms": arms, "rows": rows}
+        write_text(args.out / "results.json", json.dumps(results, indent=0))
     shown = [next((args.out / f"{name}-0").glob("[!r]*.pt")) for name, (_, scores) in ARMS.items() if scores]
     write_arms(shown, args.out / "arms.png")
-    return {"arms": arms, "rows": rows}
+    return results
 
 
-def scored(checkpoint: Path, kept: Path, mode: str, steps: str, guidance="1", seconds="25") -> dict:
+def scored(checkpoint: Path, kept: Path, device: str, mode: str, steps: str, guidance="1", seconds="25"):
     """What `sample.py --evaluate --json` says of a checkpoint; asked once, and kept."""
     talkers = {"25": "32" if int(steps) < 50 else "16", "60": "16", "600": "4"}.get(seconds, "2")
     if not kept.exists():
-        words = {"mode": mode, "steps": steps, "guidance": guidance, "seconds": seconds, "talkers": talkers}
+        words = {"mode": mode, "steps": steps, "guidance": guidance, "seconds": seconds, "talkers": talkers,
+                 "device": device}
         options = [x for name, word in words.items() for x in (f"--{name}", word)]
         said = subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--json", *options,
                                "--evaluate", checkpoint], stdout=subprocess.PIPE, text=True)
@@ -999,7 +1008,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--accumulate", type=count, default=1, help="passes that share a step's clips, for a small device")
     add("--lr", type=number(float, 1e-12, 1), help=f"learning rate; default {default['lr']}")
     add("--history", choices=("real", "few"), default="few", help="stage 3: few = self-made")
-    add("--flow", type=weight, default=0.1, help="stage 3: weight of flow matching; Self-Forcing has none")
+    add("--flow", type=weight, default=0.3, help="stage 3: weight of flow matching; Self-Forcing has none")
     add("--shortcut", type=weight, default=2 / 3, help="stage 3: weight of ShortCut")
     add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD")
     add("--guidance", type=weight, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
@@ -1018,12 +1027,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def configure(args) -> Config:
-    """Apply the preset, check the arguments, load the teacher; returns the sizes of a new model."""
-    if args.preset == "tiny":
-        for name, value in TINY.items():
-            setattr(args, name, value)
-    check_device(args.device)
+def sizes_of(args) -> Config:
+    """The sizes of a new model."""
     numbers = {name: type(x) for name, x in dataclasses.asdict(Config()).items() if name != "characters"}
     pairs = [text.partition("=")[::2] for text in args.config]
     try:
@@ -1034,6 +1039,13 @@ def configure(args) -> Config:
         raise TrainingError(f"--config: {error}") from None
     if cfg.step_sounds != 2 * cfg.step_frames or cfg.symbols != Config.symbols:
         raise TrainingError("--config: the talker needs step_sounds = 2 step_frames, and its 27 symbols")
+    return cfg
+
+
+def check(args, cfg: Config) -> None:
+    """Check the arguments against a model's sizes; load the teacher."""
+    if args.shard and not dist.is_initialized():
+        raise TrainingError("--shard: is for several processes, started by torchrun")
     if args.whole and args.stage in ("mutual", "all"):
         raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
     least = cfg.chunk_seconds * (3 if args.stage in ("mutual", "all") else 2)   # to roll out history
@@ -1049,22 +1061,25 @@ def configure(args) -> Config:
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
-        if args.real.cfg.step_values != cfg.step_values:
-            raise TrainingError(f"{args.teacher}: its picture or sound has another size")
+        same = {name: getattr(cfg, name) for name in ("width", "layers", "heads")}
+        if dataclasses.replace(args.real.cfg, **same) != cfg:
+            raise TrainingError(f"{args.teacher}: only width, layers and heads may differ from the model's")
         args.real.to(args.device)
         args.real_whole = bool(extra.get("whole"))
-    return cfg
 
 
 def run(args) -> None:
     """What the command line asks for. Raises TrainingError, CheckpointError, OSError, KeyboardInterrupt."""
-    if args.tables or args.reproduce:
+    if args.tables:
         try:
-            print(tables(json.loads(args.tables.read_text()) if args.tables else reproduce(args)))
-        except (KeyError, TypeError, json.JSONDecodeError):
+            print(tables(json.loads(args.tables.read_text())))
+        except (KeyError, TypeError, IndexError, ValueError):
             raise TrainingError(f"{args.tables}: not the results of --reproduce") from None
         return
-    cfg = configure(args)
+    check_device(args.device)
+    if args.reproduce:
+        print(tables(reproduce(args)))
+        return
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     content = load_file(args.out / "resume.pt") if args.resume else None
     if content and content["settings"] != settings_of(args):
@@ -1072,13 +1087,15 @@ def run(args) -> None:
         raise TrainingError(f"--resume: this run was started with another --{', --'.join(changed)}")
     torch.manual_seed(args.seed)
     if args.benchmark:
-        result = benchmark(args, cfg)
+        check(args, sizes_of(args))
+        result = benchmark(args, sizes_of(args))
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{markdown(result['rows'])}")
         return
     model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(
-        Config(**content["config"]) if content else cfg)
-    if args.config and model.cfg != cfg:
+        Config(**content["config"]) if content else sizes_of(args))
+    if args.config and model.cfg != sizes_of(args):
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
+    check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
     for half in args.out.glob("*.pt.part") if process()[0] == 0 else ():   # of a run killed as it saved
         half.unlink(missing_ok=True)
@@ -1094,7 +1111,7 @@ def run(args) -> None:
     for stage in stages:
         if content and stages.index(stage) < stages.index(content["stage"]):
             continue
-        state = State(model.to(args.device).train().requires_grad_(True), stage, args)
+        state = State(model.train().requires_grad_(True), stage, args)
         if content and stage == content["stage"]:
             state.restore(content)
         train_stage(state, args)
@@ -1102,23 +1119,29 @@ def run(args) -> None:
 
 
 def main(argv=None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    if parser.parse_args(argv).preset == "tiny":
+        parser.set_defaults(**TINY)
+    args = parser.parse_args(argv)
     try:
         if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():   # by torchrun, among others
             if args.device == "cuda":
                 args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+                torch.cuda.set_device(args.device)
             dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=3))
             if process()[0] > 0:
                 sys.stderr = open(os.devnull, "w")         # the first speaks for all
         run(args)
         return 0
-    except dist.DistBackendError:
-        print(f"train.py: another process has ended; go on with --resume --out {args.out}", file=sys.stderr)
     except (TrainingError, CheckpointError) as error:
         good = sorted(args.out.glob("[!r]*.pt"), key=lambda path: path.stat().st_mtime)   # not resume.pt
         print(f"train.py: {error}" + (f"; last good checkpoint: {good[-1]}" if good else ""), file=sys.stderr)
     except OSError as error:
         print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
+    except RuntimeError:
+        if process()[1] == 1:
+            raise
+        print(f"train.py: another process has ended; go on with --resume --out {args.out}", file=sys.stderr)
     except KeyboardInterrupt:
         again = "the same command" if args.reproduce else f"--resume --out {args.out}"
         print(f"interrupted; go on with {again}", file=sys.stderr)
