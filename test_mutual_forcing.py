@@ -975,7 +975,7 @@ def test_soak():
     end = figures(list(last), lambda pace: slice(-part * pace, None))
     assert begin[0] < 0.02 and begin[1] > 0.95 and begin[2] > 0.9
     changes = [np.abs(a - b).mean() for a, b in zip(begin, end)]
-    assert all(x < most for x, most in zip(changes, (0.02, 0.04, 0.08, 0.3, 1, 0.02))), changes
+    assert all(x < most for x, most in zip(changes, (0.02, 0.04, 0.08, 0.3, 1, 0.02 if WHOLE else 0.03))), changes
 
 
 # The ruler and the films
@@ -1169,6 +1169,8 @@ def test_reproduce_keeps_what_is_done(small_checkpoint, tmp_path, monkeypatch, c
     assert len(results["rows"]) == 6 and 0.9 < min(results["arms"]["one-0"]["alike"]) <= 1
     model = AudioVideoTransformer(Config(width=32, layers=2, heads=1))
     assert train.likeness(model) == [1, 1] > train.likeness(lively(model.cfg))
+    shipped = train.tables(json.loads((HERE / "assets" / "results.json").read_text()))
+    assert shipped in (HERE / "README.md").read_text()
 
 
 def test_products_are_counted_and_timed():

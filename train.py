@@ -987,7 +987,9 @@ def tables(results: dict) -> str:
                 cell = " / ".join("-" if np.isnan(x) else f"{x:.3g}" for x in values.mean(0))
                 lines[-1][figure] = cell + (f" ± {values[:, -1].std(ddof=1):.2g}" if len(same) > 1 else "")
         parts.append(f"*{control.capitalize()}*\n\n{markdown(lines)}")
-    return "\n\n".join(parts)
+    costs = [{"arm": name, "seconds a step": arm["seconds_a_step"], "modes alike, by layer": arm["alike"]}
+             for name, arm in results["arms"].items()]
+    return "\n\n".join([*parts, f"*Cost and likeness*\n\n{markdown(costs)}"])
 
 
 def build_parser() -> argparse.ArgumentParser:
