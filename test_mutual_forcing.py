@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -1073,28 +1074,34 @@ def test_sample_refuses_bad_input(small_checkpoint, tmp_path, capsys):
         assert sample.main([*good, "--device", "cuda"]) == 2
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
     """No file may grow beyond 300 bytes: the system itself refuses, as when a disk is full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp4", "gif", "png"])
-def test_disk_full_leaves_the_old_film(kind, small_checkpoint, tmp_path, small_disk, capsys):
+def test_disk_full_leaves_the_old_film(kind, small_checkpoint, tmp_path, capsys):
     kept = tmp_path / f"kept.{kind}"
     kept.write_bytes(b"old film")
-    assert sample.main(["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"]) == 2
+    with small_disk():
+        code = sample.main(["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"])
+    assert code == 2
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sample.py:")]
     assert len(said) == 1 and kept.read_bytes() == b"old film"
     assert [p.name for p in tmp_path.iterdir()] == [kept.name]
 
 
-def test_disk_full_leaves_the_old_checkpoint(tmp_path, small_disk, capsys):
+def test_disk_full_leaves_the_old_checkpoint(tmp_path, capsys):
     (tmp_path / "joint.pt").write_bytes(b"old one")
-    assert run_training(tmp_path, "--stage", "joint", "--steps", 1) == 2
+    with small_disk():
+        code = run_training(tmp_path, "--stage", "joint", "--steps", 1)
+    assert code == 2
     assert "too large" in capsys.readouterr().err and (tmp_path / "joint.pt").read_bytes() == b"old one"
     assert not list(tmp_path.glob("*.part"))
 
