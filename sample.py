@@ -358,7 +358,8 @@ class FilmWriter:
             if mux.returncode or imageio_ffmpeg.count_frames_and_secs(str(result))[0] != self.frames:
                 raise OSError(f"ffmpeg could not write the whole film {mux.stderr.strip()[-200:]}")
         if self.kind == ".png":
-            iio.imwrite(result, filmstrip(self.stills, self.cfg, transcript))
+            strip = filmstrip(self.stills, self.cfg, transcript)
+            result.write_bytes(iio.imwrite("<bytes>", strip, extension=".png"))
         if self.kind == ".gif":
             frames = np.stack(self.stills).repeat(ENLARGE, 1).repeat(ENLARGE, 2)
             result.write_bytes(iio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow",

@@ -687,7 +687,7 @@ def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) 
     video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
     frames = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].swapaxes(0, 1).cpu().numpy()
     strip = np.concatenate(np.concatenate(list(frames), 2), 0)   # films below each other, time to the right
-    iio.imwrite(path, strip.repeat(2, 0).repeat(2, 1))
+    path.write_bytes(iio.imwrite("<bytes>", strip.repeat(2, 0).repeat(2, 1), extension=".png"))
 
 
 def train_stage(state: State, args) -> None:
@@ -961,7 +961,7 @@ def write_arms(checkpoints: list[Path], path: Path) -> None:
             film = np.concatenate([frames for frames, _ in chunks])
             shots += [film[2 * model.cfg.fps], film[25 * model.cfg.fps]]
         rows.append(np.concatenate(shots, 1))
-    iio.imwrite(path, np.concatenate(rows).repeat(2, 0).repeat(2, 1))
+    path.write_bytes(iio.imwrite("<bytes>", np.concatenate(rows).repeat(2, 0).repeat(2, 1), extension=".png"))
 
 
 def write_text(path: Path, text: str) -> None:
