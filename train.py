@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import timeit
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -459,6 +460,7 @@ def average_gradients(weights: list[torch.Tensor]) -> None:
 
 def shard(net: AudioVideoTransformer, device: str) -> None:
     """Divide a network's weights among the processes (FSDP2); each block's are gathered while it works."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped")     # of views changed in place: none is here
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
     sides = [*net.video.sides, *net.audio.sides]
     verbs = {side: ("modulate", "project", "finish") for side in sides}        # what is called from outside
