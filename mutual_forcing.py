@@ -742,7 +742,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
                   guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
     """One large step must land where two half steps do (ShortCut, section 3.3). Warped time is cut in 4 or 8,
     as in sampling (our choice: longer spans wreck both modes). Half steps of the shortest spans are the
-    teacher's multi-step mode, guided; others its few-step mode. The velocity's error explodes near data."""
+    teacher's multi-step mode, guided; others its few-step mode. The error is of x_hat: u's explodes at data."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     cut = torch.tensor(cuts)[torch.randint(len(cuts), (b, s // cfg.chunk))]                  # (B, C)
     begin = (torch.rand(cut.shape) * cut).floor() / cut
@@ -803,9 +803,9 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
     multi-step mode teaches (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's,
     whose chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real"
-    teacher forcing. Rows are divided among the objectives. Returns the weighted losses by term, and logs."""
-    cfg, b = model.cfg, len(x)
-    times = time_grid(steps, cfg.shift).to(x)
+    teacher forcing. flow's weight is our choice (at 1 its noise drowns the others), and so is the division
+    of rows among the objectives. Returns the weighted losses by term, and logs."""
+    b, times = len(x), time_grid(steps, model.cfg.shift).to(x)
     weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
     rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}
 
