@@ -742,7 +742,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
                   guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
     """One large step must land where two half steps do (ShortCut, section 3.3). Warped time is cut in 4 or 8,
     as in sampling (our choice: longer spans wreck both modes). Half steps of the shortest spans are the
-    teacher's multi-step mode, guided; others its few-step mode. The error is of x_hat: u's explodes at data."""
+    teacher's multi-step mode, guided; others its few-step mode. The error is x_hat's: u's explodes."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     cut = torch.tensor(cuts)[torch.randint(len(cuts), (b, s // cfg.chunk))]                  # (B, C)
     begin = (torch.rand(cut.shape) * cut).floor() / cut
