@@ -93,8 +93,7 @@ class Config:
 
 class VideoCodec:
     """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). A token holds cosines
-    over the frames of a latent step, those of motion enlarged: they are a hundredth of the energy, and films
-    that leave it so jerk from one latent step to the next."""
+    over the frames of a latent step; motion has a hundredth of the energy, and is enlarged, or films jerk."""
 
     def __init__(self, cfg: Config):
         self.cfg, n = cfg, torch.arange(cfg.step_frames, dtype=torch.float64)
@@ -121,9 +120,8 @@ class VideoCodec:
 
 class AudioCodec:
     """Samples to companded MDCT tokens and back (our choice; the paper has an audio VAE). Token k covers
-    samples [(k - 1) hop, (k + 1) hop) under a sine window, and neighbours cancel each other's aliases, so the
-    transform is orthogonal, has no seams and looks back one hop only. The spectrum is companded, sign(c)
-    |c|^p, because its few high peaks would otherwise own the loss."""
+    samples [(k - 1) hop, (k + 1) hop) under a sine window, and neighbours cancel each other's aliases: it is
+    orthogonal, without seams. The spectrum is companded, sign(c) |c|^p, or its few peaks own the loss."""
 
     def __init__(self, cfg: Config):
         self.cfg, m = cfg, cfg.hop
@@ -356,7 +354,7 @@ class Side(nn.Module):
 
     def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
         """Tokens x (B, S, N, D) and what they saw (B, S N, D) -> tokens after this block."""
-        x = torch.addcmul(x, change[2], self.out(seen).view(x.shape))
+        x = torch.addcmul(x, change[2], self.out(seen.reshape(x.shape)))
         return torch.addcmul(x, change[5], self.feed(normalise(x, *change[3:5])))
 
 
@@ -416,8 +414,7 @@ class AudioVideoTransformer(nn.Module):
         return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
 
     def modulate(self, t: Tensor, d: Tensor, controls: Controls, branches=BRANCHES) -> dict:
-        """All that t, d (B, S, E or 1) and the character decide, by branch; the same for every chunk. The
-        first value of t and d is video's, the last one audio's."""
+        """What t, d (B, S, E or 1; first value video's, last audio's) and the character decide, by branch."""
         return {n: getattr(self, n).modulate(t[..., i], d[..., i], controls.character)
                 for n, i in zip(BRANCHES, (0, -1)) if n in branches}
 
@@ -431,9 +428,9 @@ class AudioVideoTransformer(nn.Module):
         """Latent steps z (B, k S, E), k times the same stretch of film, with their modulation and script."""
         parts = {}
         for n, values in zip(BRANCHES, split(self.cfg, z.to(self.no_first))):
-            if n in script:
+            if n in script:                                            # contiguous: or matmul copies weights
                 branch, (text, phases), k = getattr(self, n), script[n], z.shape[1] // script[n][0].shape[1]
-                tokens = branch.embed(values) + text.repeat(1, k, 1, 1)
+                tokens = branch.embed(values.contiguous()) + text.repeat(1, k, 1, 1)
                 parts[n] = Part(branch, tokens, changes[n], phases.repeat(k, 1))
         return parts
 
@@ -560,8 +557,7 @@ class KVCache:
     """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Tokens of a
     layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
     pass and reads the rest; commit() copies the desk into the ring's oldest place and, after chunk 0, into
-    the sink. Phases are periodic, so keys are stored turned and never touched again; the ring fills from the
-    left, so what may be seen is always one slice, without a mask."""
+    the sink. Keys are stored turned, as phases are periodic; what is seen is always one slice, no mask."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
         self.window, self.count = cfg.window if window is None else window, 0   # count: chunks committed
@@ -850,15 +846,20 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used; the message says why, in one line."""
 
 
-def save_file(path, content: dict) -> None:
-    """Write a dict of tensors and plain types: path holds the old content or the new, never a half."""
-    data, part = io.BytesIO(), Path(f"{path}.part")
-    torch.save(content, data)
+def replace_file(path, data: bytes) -> None:
+    """Write a file: path holds the old bytes or the new, never a half."""
+    part = Path(f"{path}.unfinished")
     try:
-        part.write_bytes(data.getvalue() + hashlib.sha256(data.getvalue()).digest())
+        part.write_bytes(data)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def save_file(path, content: dict) -> None:
+    """Write a dict of tensors and plain types, with its checksum."""
+    torch.save(content, data := io.BytesIO())
+    replace_file(path, data.getvalue() + hashlib.sha256(data.getvalue()).digest())
 
 
 def load_file(path) -> dict:
@@ -888,13 +889,12 @@ def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
     content = load_file(path)
     try:
         cfg, weights, extra = Config(**content["config"]), content["weights"], dict(content["extra"])
-        if sum(math.inf if x.is_complex() else x.numel() for x in weights.values()) > os.path.getsize(path):
+        values = sum(math.inf if x.is_complex() else x.numel() for x in weights.values())
+        if values > os.path.getsize(path) or not all(x.isfinite().all() for x in weights.values()):
             raise ValueError                                           # a small file may not cost much memory
         with torch.device("meta"):
             model = AudioVideoTransformer(cfg)
         model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
     except Exception:  # whatever a foreign configuration or foreign weights may raise
-        raise CheckpointError(f"{path}: its configuration or weights do not fit this version") from None
-    if not all(weight.isfinite().all() for weight in model.parameters()):
-        raise CheckpointError(f"{path}: has weights that are not finite numbers")
+        raise CheckpointError(f"{path}: its sizes or weights do not fit this version, or are NaN") from None
     return model.eval().requires_grad_(False), extra

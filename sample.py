@@ -1,10 +1,13 @@
 """Make a film with a checkpoint, or score checkpoints with the ruler. `python sample.py` writes sample.mp4;
 `python sample.py --evaluate assets/talker.pt` prints a table. The method is in mutual_forcing.py.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
+
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -111,19 +114,18 @@ class Ruler:
         return np.concatenate([*means, skin.mean((2, 3, 4))[..., None]], -1)
 
     def video_features(self, frames: np.ndarray) -> np.ndarray:
-        """Frames (n, F, h, w, 3) -> (n, half seconds, 27): colour, contrast by place, edges, motion."""
+        """Frames (n, F, h, w, 3) -> (n, half seconds, features): colour, contrast by place, edges, motion."""
         n, half = len(frames), self.cfg.fps // 2
         x = frames[:, :frames.shape[1] // half * half].reshape(-1, half, *frames.shape[2:])
         x = x.astype(np.float32) / 255
         grey, p = x.mean(-1), self.cfg.patch
         cells = grey.reshape(*grey.shape[:2], grey.shape[2] // p, p, -1, p)
         down, across, change = (np.abs(np.diff(grey, axis=axis)) for axis in (2, 3, 1))
+        edges = (down, across, down[:, :, p - 1::p], across[:, :, :, p - 1::p])
         parts = [x.mean((1, 2, 3)), cells.std((3, 5)).mean(1).reshape(len(x), -1),
-                 down.mean((1, 2, 3))[:, None],
-                 across.mean((1, 2, 3))[:, None], down[:, :, p - 1::p].mean((1, 2, 3))[:, None],
-                 across[:, :, :, p - 1::p].mean((1, 2, 3))[:, None],
+                 np.stack([edge.mean((1, 2, 3)) for edge in edges], 1),
                  change.reshape(len(x), half - 1, 4, -1).mean((1, 3))]
-        return np.concatenate(parts, -1).reshape(n, -1, 27)
+        return np.concatenate(parts, -1).reshape(n, frames.shape[1] // half, -1)
 
     def audio_features(self, samples: np.ndarray) -> np.ndarray:
         """Samples (n, N) -> (n, half seconds, 30): loudness of 15 bands in dB, its mean and its spread."""
@@ -325,8 +327,8 @@ class FilmWriter:
             enlarge = ["-vf", f"scale=iw*{ENLARGE}:ih*{ENLARGE}:flags=neighbor"]
             self.video = imageio_ffmpeg.write_frames(
                 str(self.path / "video.mp4"), (cfg.image, cfg.image), fps=cfg.fps, codec="libx264",
-                quality=None, output_params=[*enlarge, "-crf", "16", "-preset", "superfast"],
-                macro_block_size=2, ffmpeg_log_level="error")
+                quality=None, macro_block_size=2, ffmpeg_log_level="error", output_params=[
+                    *enlarge, "-crf", "18", "-preset", "ultrafast", "-threads", "1"])      # few: the model's
             self.video.send(None)
 
     def add(self, frames: np.ndarray, samples: np.ndarray) -> None:
@@ -352,10 +354,11 @@ class FilmWriter:
         result = self.path / ("sound.wav" if self.kind == ".wav" else f"film{self.kind}")
         if self.kind == ".mp4":
             mux = subprocess.run([
-                imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", self.path / "video.mp4",
-                "-i", self.path / "sound.wav", "-c:v", "copy", "-c:a", "aac", "-ar", "48000",
-                "-movflags", "+faststart", result], capture_output=True, text=True)
-            if mux.returncode or imageio_ffmpeg.count_frames_and_secs(str(result))[0] != self.frames:
+                imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-progress", "pipe:1",
+                "-i", self.path / "video.mp4", "-i", self.path / "sound.wav", "-c:v", "copy",
+                "-c:a", "aac", "-ar", "48000", "-movflags", "+faststart", result],
+                capture_output=True, text=True)
+            if mux.returncode or f"frame={self.frames}\n" not in mux.stdout:
                 raise OSError(f"ffmpeg could not write the whole film {mux.stderr.strip()[-200:]}")
         if self.kind == ".png":
             strip = filmstrip(self.stills, self.cfg, transcript)
@@ -417,10 +420,11 @@ BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, 
 
 
 def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
-    """The states of each chunk, like generate(). Without a cache each evaluation recomputes a full window."""
-    cfg, s = model.cfg, (model.cfg.window + 1) * model.cfg.chunk
+    """The states of each chunk, like generate(). Without a cache each evaluation recomputes what a full one
+    holds: the sink (chunk 0) and the window."""
+    cfg, s = model.cfg, (model.cfg.window + 2) * model.cfg.chunk
     times = time_grid(steps, cfg.shift).to(model.no_first.device)
-    controls = film_controls(cfg, chunks if cache else cfg.window + 1, "the quick brown fox " * chunks)
+    controls = film_controls(cfg, chunks if cache else cfg.window + 2, "the quick brown fox " * chunks)
     controls = controls.each(lambda x: x.expand(batch, *x.shape[1:]).to(times.device))
     if cache:
         yield from generate(model, controls, chunks, times, few=mode == "few", guidance=guidance)
@@ -628,15 +632,20 @@ def run(args) -> int:
 def main(argv=None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        return run(args)
-    except (UserError, CheckpointError, ValueError) as error:
-        message = str(error)
-    except (OSError, soundfile.SoundFileError) as error:
-        message = f"cannot write: {getattr(error, 'strerror', None) or error}"
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = run(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        return train.hush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    print(f"sample.py: {' '.join(message.split())}", file=sys.stderr)
+    except (UserError, CheckpointError, ValueError) as error:
+        message = error
+    except (OSError, soundfile.SoundFileError) as error:
+        message = f"{getattr(error, 'filename', 0) or args.out}: {getattr(error, 'strerror', 0) or error}"
+    print(f"sample.py: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 
 

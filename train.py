@@ -1,16 +1,22 @@
 """Train Mutual Forcing on the synthetic talker or on clips: the world, the data and one flat loop (the
 method is in mutual_forcing.py). `python train.py` runs all stages; with `--preset tiny` in minutes.
 """
+import signal
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
+
 import argparse
+import colorsys
 import copy
 import dataclasses
+import errno
 import hashlib
+import html
 import json
 import os
 import platform
 import re
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -35,8 +41,9 @@ from tqdm import tqdm
 
 from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, AudioVideoTransformer,
                             CheckpointError, Config, Controls, VideoCodec, dmd_loss, flow_matching_loss,
-                            generate, join, load_checkpoint, load_file, mutual_forcing_loss, rollout,
-                            save_checkpoint, save_file, shortcut_loss, spell, split, stream, time_grid)
+                            generate, join, load_checkpoint, load_file, mutual_forcing_loss, replace_file,
+                            rollout, save_checkpoint, save_file, shortcut_loss, spell, split, stream,
+                            time_grid)
 
 # ------------------------------------------------------------------------------------------------------------
 # The synthetic talker: a drawn face that speaks; rich enough to need a generator, exact enough to measure.
@@ -80,10 +87,9 @@ class Identity(NamedTuple):
     character: int         # index into NAMES, or len(NAMES) for anyone
 
 
-def hsv(h, s, v) -> np.ndarray:
+def hsv(*colour: float) -> np.ndarray:
     """Hue, saturation and value in 0..1 -> RGB in 0..1, float32 (3,)."""
-    k = (np.array([5.0, 3.0, 1.0]) + 6 * h) % 6
-    return (v - v * s * np.clip(np.minimum(k, 4 - k), 0, 1)).astype(np.float32)
+    return np.array(colorsys.hsv_to_rgb(*colour), np.float32)
 
 
 def draw_identity(rng: np.random.Generator, character: int | None = None) -> Identity:
@@ -287,27 +293,31 @@ def talk(cfg: Config, rng: np.random.Generator, frames: int, who: Identity | Non
 # The clip folder: ordinary films and sounds, brought to the model's frame rate, size and sample rate.
 
 FILMS, SOUNDS = (".mp4", ".mov", ".webm", ".mkv"), (".wav", ".flac", ".ogg", ".mp3")
-SUBTITLE = re.compile(2 * r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)(?:\s*-->\s*)?" + r".*\n((?:.+\n?)*)")
+SUBTITLES = (".vtt", ".srt")
+CUE = re.compile(2 * r"(?:(\d+):)?(\d+):(\d+)[.,](\d+)(?:\s*-->\s*)?" + r".*\n((?:(?!.*-->).+\n?)*)")
 
 
 def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
     """A file -> frames uint8 (F, image, image, 3) and samples float32 (N,), equally long; either is empty if
     the file has none. Raises ValueError for a file that cannot be read to its end."""
     def decode(*options):
-        return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-nostats", "-i", f"file:{path}",
-                               *options, "-"], capture_output=True)
+        return subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-nostats", "-xerror", "-i",
+                               f"file:{path}", *options, "-"], capture_output=True)
 
     n, rate = cfg.image, str(cfg.sample_rate)
     sound = decode("-vn", "-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", rate, "-f", "f32le")
     samples = np.nan_to_num(np.frombuffer(sound.stdout, np.float32)).clip(-1, 1)
-    frames = np.empty((0, n, n, 3), np.uint8)
+    about = sound.stderr.decode(errors="replace").partition("Stream mapping:")[0]    # the file itself
+    frames, fine = np.empty((0, n, n, 3), np.uint8), sound.returncode == 0 or "Audio:" not in about
     if path.suffix.lower() in FILMS:                       # ffmpeg turns and times the frames as they ask
         fit = f"fps={cfg.fps},scale={n}:{n}:force_original_aspect_ratio=increase,crop={n}:{n}"
         film = decode("-vf", fit, "-f", "rawvideo", "-pix_fmt", "rgb24")
-        frames = np.frombuffer(film.stdout, np.uint8).reshape(-1, n, n, 3).copy()
-    said = re.search(rb"Duration: (\d+):(\d+):([\d.]+), start: ([-\d.]+)", sound.stderr)
+        frames = np.frombuffer(film.stdout, np.uint8)
+        frames = frames[:len(frames) // (3 * n * n) * (3 * n * n)].reshape(-1, n, n, 3).copy()
+        fine = fine and (film.returncode == 0 or "Video:" not in about)
+    said = re.search(r"Duration: (\d+):(\d+):([\d.]+), start: ([-\d.]+)", about)
     seconds = np.dot([float(x) for x in said.groups()], (3600, 60, 1, -1)) if said else 0
-    if not 0 < max(len(frames) / cfg.fps, len(samples) / cfg.sample_rate) >= 0.9 * seconds - 0.2:
+    if not fine or not 0 < max(len(frames) / cfg.fps, len(samples) / cfg.sample_rate) >= 0.9 * seconds - 0.2:
         raise ValueError("unreadable, or cut short")
     if len(frames) and len(samples):                       # late sound begins, short sound ends in silence
         whole = len(frames) * cfg.sample_rate // cfg.fps
@@ -318,12 +328,14 @@ def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
 def read_subtitles(path: Path, cfg: Config, frames: int) -> np.ndarray:
     """The transcript beside a clip (.srt or .vtt), letters spread over their interval -> symbols (F,), which
     are unknown if no letter is found."""
-    symbols = np.full(frames, SILENCE)
-    lines = (line.strip() + "\n" for line in path.read_text("utf-8", "replace").splitlines())
-    for *clock, text in SUBTITLE.findall("".join(lines)):
+    symbols, data = np.full(frames, SILENCE), path.read_bytes()
+    text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
+    lines = (line.strip() + "\n" for line in text.splitlines())
+    for *clock, text in CUE.findall("".join(lines)):
         seconds = np.array([float(x or 0) for x in clock]).reshape(2, 4) @ (3600, 60, 1, 0.001)
         begin, end = (int(round(min(x * cfg.fps, 1e9))) for x in seconds)
-        letters = spell(" ".join(re.sub(r"<.*?>|{.*?}", "", text).split()) + " ", 1)
+        text = html.unescape(re.sub(r"<.*?>|{.*?}", "", text))
+        letters = spell(" ".join(text.split()) + " ", 1)
         at = np.arange(begin, min(end, frames))
         symbols[at] = np.array(letters)[(at - begin) * (len(letters) - 1) // max(1, end - begin)]
     if (symbols == SILENCE).all():
@@ -334,11 +346,16 @@ def read_subtitles(path: Path, cfg: Config, frames: int) -> np.ndarray:
 
 def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]:
     """The films and sounds of a folder that last at least so many frames, decoded once into a cache; others
-    are named and left out."""
+    are named and left out. Raises OSError without such a folder."""
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "no such folder of clips", str(folder))
     cache.mkdir(exist_ok=True)
-    paths, clips = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in FILMS + SOUNDS], []
-    for path in tqdm([path for path in paths if path.is_file()], desc="clips", disable=None):
-        about = repr((FORMAT, path.resolve(), path.stat().st_mtime_ns, cfg.image, cfg.fps, cfg.sample_rate))
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    texts = {path.with_suffix(""): path for path in files if path.suffix.lower() in SUBTITLES}
+    paths, clips = [path for path in files if path.suffix.lower() in FILMS + SOUNDS], []
+    for path in tqdm(paths, desc="clips", disable=None):
+        size, changed = path.stat().st_size, path.stat().st_mtime_ns
+        about = repr((FORMAT, path.resolve(), size, changed, cfg.image, cfg.fps, cfg.sample_rate))
         kept = cache / hashlib.sha256(about.encode()).hexdigest()[:16]
         try:
             try:
@@ -351,7 +368,7 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
             length = len(frames) or len(samples) * cfg.fps // cfg.sample_rate
             if length < least:
                 raise ValueError(f"{length} frames of it can be read, not {least}")
-            text = next((p for p in map(path.with_suffix, (".srt", ".vtt")) if p.exists()), None)
+            text = texts.get(path.with_suffix(""))
             said = np.full(length, cfg.symbols) if text is None else read_subtitles(text, cfg, length)
             around = np.full(cfg.margin, said[0] if said[0] == cfg.symbols else SILENCE)
             clips.append(Film(frames, samples, np.concatenate([around, said, around]), len(NAMES)))
@@ -359,6 +376,15 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
             print(f"{path}: skipped, {error}", file=sys.stderr)
     print(f"{folder}: {len(clips)} of {len(paths)} files serve", file=sys.stderr)
     return clips
+
+
+def fingerprint(clips: list[Film]) -> str:
+    """Tells one set of clips from another: a run goes on only with its own."""
+    parts = (np.ascontiguousarray(part) for clip in clips for part in clip[:3])
+    known = hashlib.sha256()
+    for part in parts:
+        known.update(repr(part.shape).encode() + part.tobytes())
+    return known.hexdigest()
 
 
 def drawer(clips: list[Film] | None, stage: str):
@@ -447,11 +473,10 @@ class Share(TorchFunctionMode):
 
 
 def average_gradients(weights: list[torch.Tensor]) -> None:
-    """Give all processes the mean of their gradients, the same bits to each."""
-    if process()[1] > 1:
-        gradients = [weight.grad for weight in weights if type(weight.grad) is torch.Tensor]
-        if not gradients:                                  # sharded: they are averaged as they are divided
-            return
+    """Give all processes the mean of their gradients, the same bits to each. (Sharded ones are averaged as
+    they are divided.)"""
+    gradients = [weight.grad for weight in weights if type(weight.grad) is torch.Tensor]
+    if process()[1] > 1 and gradients:
         flat = torch.cat([gradient.flatten() for gradient in gradients]) / process()[1]
         dist.all_reduce(flat)
         for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
@@ -460,6 +485,8 @@ def average_gradients(weights: list[torch.Tensor]) -> None:
 
 def shard(net: AudioVideoTransformer, device: str) -> None:
     """Divide a network's weights among the processes (FSDP2); each block's are gathered while it works."""
+    if isinstance(net.no_first, DTensor):                  # a teacher, in a stage before
+        return
     warnings.filterwarnings("ignore", "FSDP2-wrapped")     # of views changed in place: none is here
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
     sides = [*net.video.sides, *net.audio.sides]
@@ -471,8 +498,12 @@ def shard(net: AudioVideoTransformer, device: str) -> None:
 
 
 def whole(tree):
-    """A tree of tensors, those that are divided among the processes put together, in main memory."""
-    return tree_map_only(DTensor, lambda part: part.full_tensor().cpu(), tree)
+    """A tree of tensors, those divided among the processes put together in the first one's main memory."""
+    def gather(part: DTensor):                             # all take part; the others keep nothing
+        full = part.full_tensor()
+        return full.cpu() if process()[0] == 0 else None
+
+    return tree_map_only(DTensor, gather, tree)
 
 
 def divided(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -555,12 +586,14 @@ class State:
     """All that a step changes. Saved and restored whole, so that 2 + 2 steps are 4 steps, bit for bit."""
 
     def __init__(self, model: AudioVideoTransformer, stage: str, args):
-        self.stage, self.step = stage, 0
+        self.stage, self.step, self.draw = stage, 0, drawer(args.clips, stage)
+        self.steps, self.lr = args.steps or STAGES[stage].steps, args.lr or STAGES[stage].lr
         self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False)
         needs_fake = stage == "mutual" and args.dmd > 0
         self.fake = copy.deepcopy(args.real or model).requires_grad_(True) if needs_fake else None
-        for net in self.networks().values():
-            shard(net, args.device) if args.shard else net.to(args.device)
+        for net in (*self.networks().values(), args.real):
+            if net:
+                shard(net, args.device) if args.shard else net.to(args.device)
         self.optimizers = optimizers_of(self.model, 1)
         if self.fake:                                      # has to keep up with the few-step mode
             self.optimizers += optimizers_of(self.fake, 5)
@@ -576,22 +609,27 @@ class State:
                       **{name: net.state_dict() for name, net in self.networks().items()}})
 
     def restore(self, content: dict) -> None:
-        self.step = content["step"]
-        for name, net in self.networks().items():
-            parts = net.state_dict()
-            net.load_state_dict({key: divided(value, parts[key]) for key, value in content[name].items()})
-        for optimizer, saved in zip(self.optimizers, content["optimizers"]):
-            optimizer.load_state_dict(saved)
-            for weight, moments in optimizer.state.items():
-                moments.update({name: divided(value, weight) for name, value in moments.items()})
+        """Inverse of content(). Raises CheckpointError for what is not."""
+        try:
+            self.step = range(self.steps + 1).index(content["step"])
+            for name, net in self.networks().items():
+                parts = net.state_dict()
+                net.load_state_dict({key: divided(value, parts[key]) for key, value in content[name].items()})
+            for optimizer, saved in zip(self.optimizers, content["optimizers"]):
+                optimizer.load_state_dict(saved)
+                for weight, moments in optimizer.state.items():
+                    moments.update({name: divided(value, weight) for name, value in moments.items()})
+        except Exception:  # whatever foreign content may raise
+            raise CheckpointError("resume.pt: does not fit this version, or this command") from None
 
 
 def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
     names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "flow", "shortcut",
-             "dmd", "guidance", "whole", "init", "teacher", "fp32", "data")
+             "dmd", "guidance", "whole", "init", "teacher", "fp32")
     said = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
-    return said | {"defaults": {stage: list(value) for stage, value in STAGES.items()}}
+    clips = args.clips and fingerprint(args.clips)
+    return said | {"clips": clips, "defaults": {stage: list(value) for stage, value in STAGES.items()}}
 
 
 def learning_rate(step: int, steps: int, lr: float) -> float:
@@ -635,8 +673,8 @@ def backward(state: State, losses: dict) -> dict[str, float]:
                 squares["audio" if name.startswith("audio") else "video"] += weight.grad.square().sum()
             if other is not None:
                 weight.grad = other if weight.grad is None else weight.grad + other
-        norms |= {f"norm_{term}_{branch}": float(whole(square)) ** 0.5
-                  for branch, square in squares.items()}
+        squares = tree_map_only(DTensor, DTensor.full_tensor, squares)
+        norms |= {f"norm_{term}_{branch}": float(square) ** 0.5 for branch, square in squares.items()}
     return norms
 
 
@@ -650,12 +688,12 @@ def train_step(state: State, args) -> dict[str, float]:
     Raises TrainingError at a loss of NaN."""
     cfg, index = state.model.cfg, list(STAGES).index(state.stage)
     seconds = args.seconds[state.step % len(args.seconds)]             # clips of several lengths take turns
-    (rank, ranks), draw = process(), drawer(args.clips, state.stage)
+    rank, ranks = process()
     parts = ranks * args.accumulate
     size = batch_of(args, seconds) // parts
     for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
         rows = range(part * size, (part + 1) * size)
-        x, controls = film_batch(cfg, draw, args.seed, index, state.step, rows, seconds,
+        x, controls = film_batch(cfg, state.draw, args.seed, index, state.step, rows, seconds,
                                  STAGES[state.stage].babble)
         x = x.to(args.device, state.model.no_first.dtype)
         controls = controls.each(lambda c: c.to(args.device))
@@ -666,11 +704,10 @@ def train_step(state: State, args) -> dict[str, float]:
             raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
         logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
     average_gradients([weight for net in state.networks().values() for weight in net.parameters()])
-    steps, lr = args.steps or STAGES[state.stage].steps, args.lr or STAGES[state.stage].lr
     for optimizer in state.optimizers:
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = group["pace"] * learning_rate(state.step, steps, lr)
+            group["lr"] = group["pace"] * learning_rate(state.step, state.steps, state.lr)
         optimizer.step()
         optimizer.zero_grad()
     update_ema(state.ema, state.model, min(STAGES[state.stage].ema, (state.step + 1) / (state.step + 10)))
@@ -689,44 +726,57 @@ def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) 
     video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
     frames = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].swapaxes(0, 1).cpu().numpy()
     strip = np.concatenate(np.concatenate(list(frames), 2), 0)   # films below each other, time to the right
-    path.write_bytes(iio.imwrite("<bytes>", strip.repeat(2, 0).repeat(2, 1), extension=".png"))
+    write_picture(path, strip)
+
+
+def write_picture(path: Path, pixels: np.ndarray) -> None:
+    """uint8 (h, w, 3) -> a PNG of twice the size; the old one stands until the new one is whole."""
+    replace_file(path, iio.imwrite("<bytes>", pixels.repeat(2, 0).repeat(2, 1), extension=".png"))
 
 
 def train_stage(state: State, args) -> None:
-    """Train a stage from where its state is to its end; log, checkpoints and filmstrips now and then."""
-    steps, stop, stopped = args.steps or STAGES[state.stage].steps, [], False
-    first = process()[0] == 0
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))  # Ctrl-C ends after the step in progress
-    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=None)
+    """Train a stage from where its state is to its end; log, checkpoints and filmstrips now and then. Ctrl-C
+    and SIGTERM end it after the step in progress, with a checkpoint. Raises KeyboardInterrupt then."""
+    stop, stopped, first = [], False, process()[0] == 0
+    before = {number: signal.signal(number, lambda *_: stop.append(1))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    bar = tqdm(total=state.steps, initial=state.step, desc=state.stage, disable=None)
     try:
         with open(args.out / "log.jsonl" if first else os.devnull, "a", buffering=1) as log:
-            while state.step < steps and not stopped:
+            while state.step < state.steps and not stopped:
                 began = time.perf_counter()
                 figures = train_step(state, args)
-                if state.step % args.log == 0 or state.step in (1, steps):
+                if state.step % args.log_every == 0 or state.step in (1, state.steps):
                     figures |= {"seconds": time.perf_counter() - began}
                     figures = {name: round(value, 5) for name, value in figures.items()}
                     print(json.dumps({"stage": state.stage, "step": state.step} | figures), file=log)
                 bar.set_postfix(loss=f"{figures['loss']:.3f}")
                 bar.update()
                 stopped = anyone(stop, args.device)
-                due = state.step % args.save == 0 or state.step == steps or stopped
-                content = state.content(args) if due and (first or args.shard) else None
-                if content and first:
-                    ema = AudioVideoTransformer(state.ema.cfg)
-                    ema.load_state_dict(content["ema"])
-                    save_checkpoint(args.out / f"{state.stage}.pt", ema, {
-                        "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
-                    save_file(args.out / "resume.pt", content)
-                    if state.stage in ("joint", "mutual") and not args.whole:
-                        draw, path = drawer(args.clips, state.stage), args.out / f"{state.stage}.png"
-                        write_strip(ema.to(args.device), draw, max(args.seconds), path)
+                if state.step % args.save == 0 or state.step == state.steps or stopped:
+                    save(state, args)
     finally:
         bar.close()
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     anyone(False, args.device)                             # the others wait until the first has saved
     if stopped:
         raise KeyboardInterrupt
+
+
+def save(state: State, args) -> None:
+    """Write the EMA weights, all that --resume needs, and a filmstrip; the first process alone writes."""
+    first = process()[0] == 0
+    content = state.content(args) if first or args.shard else None
+    if first:
+        ema = AudioVideoTransformer(state.ema.cfg)
+        ema.load_state_dict(content["ema"])
+        save_checkpoint(args.out / f"{state.stage}.pt", ema, {
+            "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
+        save_file(args.out / "resume.pt", content)
+        if state.stage in ("joint", "mutual") and not args.whole and not args.shard:     # fits one device
+            path = args.out / f"{state.stage}.png"
+            write_strip(ema.to(args.device), state.draw, max(args.seconds), path)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -912,7 +962,7 @@ def reproduce(args) -> dict:
                 row |= {"seed": seed, "arm": name} if row["mode"] else {"seed": 0, "arm": row["checkpoint"]}
                 rows += [] if row in rows else [row]
         results = {"machine": machine(args.device), "arms": arms, "rows": rows}
-        write_text(args.out / "results.json", json.dumps(results, indent=0))
+        replace_file(args.out / "results.json", json.dumps(results, indent=0).encode())
     shown = [next((args.out / f"{name}-0").glob("[!r]*.pt")) for name, (_, scores) in ARMS.items() if scores]
     write_arms(shown, args.out / "arms.png")
     return results
@@ -929,7 +979,7 @@ def scored(checkpoint: Path, kept: Path, device: str, mode: str, steps: str, gui
                                "--evaluate", checkpoint], stdout=subprocess.PIPE, text=True)
         if said.returncode:
             raise TrainingError(f"{checkpoint} could not be scored")
-        write_text(kept, said.stdout)
+        replace_file(kept, said.stdout.encode())
     result = json.loads(kept.read_text())
     result["rows"] = [row | {"seconds": int(seconds), "talkers": int(talkers)} for row in result["rows"]]
     return result
@@ -963,13 +1013,7 @@ def write_arms(checkpoints: list[Path], path: Path) -> None:
             film = np.concatenate([frames for frames, _ in chunks])
             shots += [film[2 * model.cfg.fps], film[25 * model.cfg.fps]]
         rows.append(np.concatenate(shots, 1))
-    path.write_bytes(iio.imwrite("<bytes>", np.concatenate(rows).repeat(2, 0).repeat(2, 1), extension=".png"))
-
-
-def write_text(path: Path, text: str) -> None:
-    """The old text stands until the new one is whole."""
-    Path(f"{path}.part").write_text(text)
-    os.replace(f"{path}.part", path)
+    write_picture(path, np.concatenate(rows))
 
 
 def tables(results: dict) -> str:
@@ -1025,8 +1069,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=number(int, 0, 999999), default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--fp32", action="store_true", help="no bf16: slower; for processors without it")
-    add("--log", type=count, default=20, help="steps between lines of log.jsonl")
-    add("--save", type=count, default=250, help="steps between checkpoints")
+    add("--log-every", type=count, default=20, metavar="STEPS", help="between lines of log.jsonl")
+    add("--save", type=count, default=250, metavar="STEPS", help="between checkpoints")
     add("--out", type=Path, default=Path("runs/talker"), help="folder of checkpoints, log and filmstrips")
     return parser
 
@@ -1068,8 +1112,19 @@ def check(args, cfg: Config) -> None:
         same = {name: getattr(cfg, name) for name in ("width", "layers", "heads")}
         if dataclasses.replace(args.real.cfg, **same) != cfg:
             raise TrainingError(f"{args.teacher}: only width, layers and heads may differ from the model's")
-        args.real.to(args.device)
         args.real_whole = bool(extra.get("whole"))
+
+
+def load_resume(args) -> dict:
+    """What --resume goes on from, its sizes as a Config. Raises CheckpointError."""
+    content = load_file(args.out / "resume.pt")
+    try:
+        cfg, settings = Config(**content["config"]), dict(content["settings"])
+        if content["stage"] not in (STAGES if settings["stage"] == "all" else [settings["stage"]]):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{args.out / 'resume.pt'}: not what --resume goes on from") from None
+    return content | {"config": cfg, "settings": settings}
 
 
 def run(args) -> None:
@@ -1081,40 +1136,46 @@ def run(args) -> None:
             raise TrainingError(f"{args.tables}: not the results of --reproduce") from None
         return
     check_device(args.device)
+    torch.manual_seed(args.seed)
     if args.reproduce:
         print(tables(reproduce(args)))
-        return
-    stages = list(STAGES) if args.stage == "all" else [args.stage]
-    content = load_file(args.out / "resume.pt") if args.resume else None
-    if content and content["settings"] != settings_of(args):
-        changed = [name for name, new in settings_of(args).items() if content["settings"].get(name) != new]
-        raise TrainingError(f"--resume: this run was started with another --{', --'.join(changed)}")
-    torch.manual_seed(args.seed)
-    if args.benchmark:
+    elif args.benchmark:
         check(args, sizes_of(args))
         result = benchmark(args, sizes_of(args))
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{markdown(result['rows'])}")
-        return
-    model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(
-        Config(**content["config"]) if content else sizes_of(args))
+    else:
+        train_stages(args)
+
+
+def train_stages(args) -> None:
+    """Train the stages asked for, into the folder args.out. Raises as run() does."""
+    content = load_resume(args) if args.resume else None
+    if content:
+        model = AudioVideoTransformer(content["config"])
+    else:
+        model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(sizes_of(args))
     if args.config and model.cfg != sizes_of(args):
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
-    for half in args.out.glob("*.pt.part") if process()[0] == 0 else ():   # of a run killed as it saved
+    for half in args.out.rglob("*.unfinished") if process()[0] == 0 else ():   # of a run killed as it saved
         half.unlink(missing_ok=True)
     least = max(frames_of(model.cfg, seconds) for seconds in args.seconds)
     for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
         if rank == process()[0]:
             args.clips = load_clips(args.data, model.cfg, least, args.out / ".clips")
         anyone(False, args.device)
+    settings, stages = settings_of(args), list(STAGES) if args.stage == "all" else [args.stage]
+    if content:
+        changed = [name for name, value in settings.items() if content["settings"].get(name) != value]
+        if changed:
+            raise TrainingError(f"--resume: this run was started with other {', '.join(changed)}")
+        stages = stages[stages.index(content["stage"]):]
     for stage in stages:
         drawer(args.clips, stage)                                      # is there something for each of them?
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print(f"{size:.2f} M parameters, {settings_of(args)}", file=sys.stderr)
+    print(f"{size:.2f} M parameters, {settings}", file=sys.stderr)
     for stage in stages:
-        if content and stages.index(stage) < stages.index(content["stage"]):
-            continue
         state = State(model.train().requires_grad_(True), stage, args)
         if content and stage == content["stage"]:
             state.restore(content)
@@ -1122,34 +1183,54 @@ def run(args) -> None:
         model = load_checkpoint(args.out / f"{stage}.pt")[0]  # the next stage starts from the EMA weights
 
 
+def join_processes(args) -> None:
+    """Take part in torchrun's group, if it has started this process. The first speaks for all."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    if args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=3))
+    if process()[0] > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
+def hush() -> int:
+    """Whoever read our words has gone (| head): end without a complaint, as a signal would end us."""
+    for file in (sys.__stdout__, sys.__stderr__):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+    return 128 + signal.SIGPIPE
+
+
 def main(argv=None) -> int:
     parser = build_parser()
     if parser.parse_args(argv).preset == "tiny":
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
+    resume, aloud = f"--resume --out {args.out}", sys.stderr           # of this process, whichever it is
     try:
-        if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():   # by torchrun, among others
-            if args.device == "cuda":
-                args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(args.device)
-            dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=3))
-            if process()[0] > 0:
-                sys.stderr = open(os.devnull, "w")         # the first speaks for all
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        join_processes(args)
         run(args)
+        sys.stdout.flush()
         return 0
+    except BrokenPipeError:
+        return hush()
+    except KeyboardInterrupt:
+        again = "the same command" if args.reproduce else resume
+        kept = args.reproduce or (args.out / "resume.pt").exists() and not args.benchmark
+        print(f"interrupted; go on with {again}" if kept else "interrupted", file=sys.stderr)
+        return 130
     except (TrainingError, CheckpointError) as error:
         good = sorted(args.out.glob("[!r]*.pt"), key=lambda path: path.stat().st_mtime)   # not resume.pt
         print(f"train.py: {error}" + (f"; last good checkpoint: {good[-1]}" if good else ""), file=sys.stderr)
     except OSError as error:
-        print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-    except RuntimeError:
-        if process()[1] == 1:
+        print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=aloud)
+    except (RuntimeError, MemoryError) as error:
+        if process()[1] == 1 and "memory" not in str(error):
             raise
-        print(f"train.py: another process has ended; go on with --resume --out {args.out}", file=sys.stderr)
-    except KeyboardInterrupt:
-        again = "the same command" if args.reproduce else f"--resume --out {args.out}"
-        print(f"interrupted; go on with {again}", file=sys.stderr)
-        return 130
+        print(f"train.py: process {process()[0]}: {str(error).splitlines()[0]}; if another process has "
+              f"ended, or with more memory, go on with {resume}", file=aloud)
     return 2
 
 
