@@ -280,8 +280,8 @@ def evaluate(args) -> dict:
         draw = train.drawer(train.load_clips(args.data, cfg, least, cache), "joint")
     talkers, others = (held_out(cfg, args.talkers, args.seconds, kind, draw) for kind in (0, 1))
     truth, reference = to_films(talkers, cfg), to_films(others, cfg)
-    settings = [(mode, steps) for mode, steps in (("few", args.few_steps), ("multi", args.multi_steps))
-                if args.mode in (None, mode)]
+    asked = {"few": args.steps or 4, "multi": args.steps if args.steps and args.mode == "multi" else 50}
+    settings = [(mode, steps) for mode, steps in asked.items() if args.mode in (None, mode)]
     rows = []
 
     def add(films, control, checkpoint, mode=None, steps=None, guidance=None):
@@ -317,8 +317,7 @@ class FilmWriter:
     def __init__(self, out: Path, cfg: Config):
         self.out, self.cfg, self.kind = out, cfg, out.suffix.lower()
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
-        self.path = Path(self.folder.name)
-        self.frames = self.samples = 0
+        self.path, self.frames = Path(self.folder.name), 0
         self.stills = []                                   # frames: with their sound, if for the filmstrip
         self.sound = self.video = None
         if self.kind in (".mp4", ".wav"):
@@ -333,7 +332,7 @@ class FilmWriter:
 
     def add(self, frames: np.ndarray, samples: np.ndarray) -> None:
         """Frames (F, h, w, 3) uint8 and samples (N,) float32."""
-        self.frames, self.samples = self.frames + len(frames), self.samples + len(samples)
+        self.frames += len(frames)
         if self.sound:
             self.sound.write(np.clip(samples, -1, 1))
         if self.kind == ".png":
@@ -612,8 +611,6 @@ def run(args) -> int:
         args.seconds = args.seconds or 25.0
         if args.talkers < 2 or args.seconds < WINDOWS[0][1]:
             raise UserError(f"--evaluate needs at least 2 talkers and {WINDOWS[0][1]} seconds")
-        args.few_steps = args.steps or 4
-        args.multi_steps = args.steps if args.steps and args.mode == "multi" else 50
         result = evaluate(args)
         print(json.dumps(result) if args.json else train.markdown(result["rows"]))
         return 0

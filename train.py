@@ -1020,14 +1020,14 @@ def tables(results: dict) -> str:
     """The scores as Markdown: means over the seeds in the three windows, and the spread of the last."""
     parts = []
     for control in ("spoken", "babbling"):
-        groups = {}
-        for row in results["rows"]:
-            if row["control"] == control:
-                about = ("arm", "mode", "steps", "guidance", "seconds", "talkers")
-                groups.setdefault(tuple((name, row[name]) for name in about), []).append(row)
-        lines = []
-        for about, same in groups.items():
-            lines.append(dict(about) | {"seeds": len(same)})
+        groups, lines = {}, []
+        for row in (row for row in results["rows"] if row["control"] == control):
+            how = f"{row['mode']} {row['steps']}, " if row["mode"] else ""
+            how += f"guidance {row['guidance']:g}, " if row["guidance"] not in (None, 1) else ""
+            how += f"{row['talkers']} talkers of {row['seconds']} s"
+            groups.setdefault((row["arm"], how), []).append(row)
+        for (arm, how), same in groups.items():
+            lines.append({"arm": arm, "how": how + (f", {len(same)} seeds" if len(same) > 1 else "")})
             for figure in FIGURES:
                 values = np.array([row[figure] for row in same], float)            # (seeds, windows)
                 cell = " / ".join("-" if np.isnan(x) else f"{x:.3g}" for x in values.mean(0))
