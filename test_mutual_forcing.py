@@ -509,7 +509,7 @@ def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
         losses, _ = train.losses_of(state, x, controls, args)
         before = [copy.deepcopy(net.state_dict()) for net in (state.model, state.fake)]
         train.backward(state, losses)
-        for optimizer in state.optimizers[2 * moving:2 * moving + 2]:  # Muon and AdamW of one network
+        for optimizer in state.optimizers[("model", "fake")[moving]]:
             optimizer.step()
         still = [all(torch.equal(net.state_dict()[k], v) for k, v in old.items())
                  for net, old in zip((state.model, state.fake), before)]
@@ -647,7 +647,9 @@ step = train.train_step
 def kept(state, args):
     figures = step(state, args)
     if state.step == args.steps:
-        torch.save(train.whole(state.model.state_dict()), args.out / f"weights{train.process()[0]}.pt")
+        model = state.model
+        weights = train.get_model_state_dict(model, options=train.WHOLE) if args.shard else model.state_dict()
+        torch.save(weights, args.out / f"weights{train.process()[0]}.pt")
     if train.process()[0] == train.process()[1] - 1 and state.step == {"cut": 10, "die": 11}.get(what):
         signal.raise_signal(signal.SIGTERM if what == "cut" else signal.SIGKILL)   # one process alone
     return figures

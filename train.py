@@ -31,9 +31,12 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -497,21 +500,6 @@ def shard(net: AudioVideoTransformer, device: str) -> None:
             register_fsdp_forward_method(module, name)
 
 
-def whole(tree):
-    """A tree of tensors, those divided among the processes put together in the first one's main memory."""
-    def gather(part: DTensor):                             # all take part; the others keep nothing
-        full = part.full_tensor()
-        return full.cpu() if process()[0] == 0 else None
-
-    return tree_map_only(DTensor, gather, tree)
-
-
-def divided(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Inverse of whole(): a tensor, divided as another one of its shape is."""
-    is_part = isinstance(like, DTensor) and value.shape == like.shape
-    return distribute_tensor(value, like.device_mesh, like.placements) if is_part else value
-
-
 def anyone(wish, device: str) -> bool:
     """Whether any of the processes wishes it."""
     wishes = torch.tensor(float(bool(wish)), device=device)
@@ -582,6 +570,9 @@ def optimizers_of(net: AudioVideoTransformer, pace: float) -> list[torch.optim.O
                              adjust_lr_fn="match_rms_adamw")]
 
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)       # of a state that may be divided
+
+
 class State:
     """All that a step changes. Saved and restored whole, so that 2 + 2 steps are 4 steps, bit for bit."""
 
@@ -594,31 +585,31 @@ class State:
         for net in (*self.networks().values(), args.real):
             if net:
                 shard(net, args.device) if args.shard else net.to(args.device)
-        self.optimizers = optimizers_of(self.model, 1)
+        self.optimizers = {"model": optimizers_of(self.model, 1)}
         if self.fake:                                      # has to keep up with the few-step mode
-            self.optimizers += optimizers_of(self.fake, 5)
+            self.optimizers["fake"] = optimizers_of(self.fake, 5)
 
     def networks(self) -> dict:
         return {name: net for name in ("model", "ema", "fake") if (net := getattr(self, name))}
 
     def content(self, args) -> dict:
-        """As plain types and whole tensors: any number of processes can go on from it."""
-        return whole({"format": FORMAT, "config": dataclasses.asdict(self.model.cfg),
-                      "settings": settings_of(args), "stage": self.stage, "step": self.step,
-                      "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                      **{name: net.state_dict() for name, net in self.networks().items()}})
+        """As plain types and, in the first process, whole tensors: any number of them can go on from it."""
+        nets = self.networks()
+        return {"format": FORMAT, "config": dataclasses.asdict(self.model.cfg), "settings": args.settings,
+                "stage": self.stage, "step": self.step,
+                "optimizers": {name: get_optimizer_state_dict(nets[name], optimizers, options=WHOLE)
+                               for name, optimizers in self.optimizers.items()},
+                **{name: get_model_state_dict(net, options=WHOLE) for name, net in nets.items()}}
 
     def restore(self, content: dict) -> None:
         """Inverse of content(). Raises CheckpointError for what is not."""
         try:
-            self.step = range(self.steps + 1).index(content["step"])
-            for name, net in self.networks().items():
-                parts = net.state_dict()
-                net.load_state_dict({key: divided(value, parts[key]) for key, value in content[name].items()})
-            for optimizer, saved in zip(self.optimizers, content["optimizers"]):
-                optimizer.load_state_dict(saved)
-                for weight, moments in optimizer.state.items():
-                    moments.update({name: divided(value, weight) for name, value in moments.items()})
+            self.step, nets = range(self.steps + 1).index(content["step"]), self.networks()
+            for name, net in nets.items():
+                set_model_state_dict(net, content[name], options=WHOLE)
+            for name, optimizers in self.optimizers.items():
+                set_optimizer_state_dict(nets[name], optimizers, content["optimizers"][name], options=
+                                         dataclasses.replace(WHOLE, strict=False))     # one branch has none
         except Exception:  # whatever foreign content may raise
             raise CheckpointError("resume.pt: does not fit this version, or this command") from None
 
@@ -704,7 +695,7 @@ def train_step(state: State, args) -> dict[str, float]:
             raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
         logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
     average_gradients([weight for net in state.networks().values() for weight in net.parameters()])
-    for optimizer in state.optimizers:
+    for optimizer in sum(state.optimizers.values(), []):
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
         for group in optimizer.param_groups:
             group["lr"] = group["pace"] * learning_rate(state.step, state.steps, state.lr)
@@ -1165,16 +1156,16 @@ def train_stages(args) -> None:
         if rank == process()[0]:
             args.clips = load_clips(args.data, model.cfg, least, args.out / ".clips")
         anyone(False, args.device)
-    settings, stages = settings_of(args), list(STAGES) if args.stage == "all" else [args.stage]
+    args.settings, stages = settings_of(args), list(STAGES) if args.stage == "all" else [args.stage]
     if content:
-        changed = [name for name, value in settings.items() if content["settings"].get(name) != value]
+        changed = [name for name, value in args.settings.items() if content["settings"].get(name) != value]
         if changed:
             raise TrainingError(f"--resume: this run was started with other {', '.join(changed)}")
         stages = stages[stages.index(content["stage"]):]
     for stage in stages:
         drawer(args.clips, stage)                                      # is there something for each of them?
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
-    print(f"{size:.2f} M parameters, {settings}", file=sys.stderr)
+    print(f"{size:.2f} M parameters, {args.settings}", file=sys.stderr)
     for stage in stages:
         state = State(model.train().requires_grad_(True), stage, args)
         if content and stage == content["stage"]:
