@@ -1172,6 +1172,7 @@ def train_stages(args) -> None:
             state.restore(content)
         train_stage(state, args)
         model = load_checkpoint(args.out / f"{stage}.pt")[0]  # the next stage starts from the EMA weights
+    print(f"{args.out / stages[-1]}.pt is made; sample.py --checkpoint shows what it can do", file=sys.stderr)
 
 
 def join_processes(args) -> None:
