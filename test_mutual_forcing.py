@@ -1248,7 +1248,8 @@ def test_reproduce_keeps_what_is_done(small_checkpoint, tmp_path, monkeypatch, c
     command = ["--reproduce", "--init", str(small_checkpoint), "--out", str(tmp_path)]
     assert train.main(command) == 0
     first, kept = capsys.readouterr().out, (tmp_path / "one-0" / "few-1-1-5.json").stat()
-    assert train.main(command) == 0 and capsys.readouterr().out == first and "| one | few | 1 |" in first
+    assert train.main(command) == 0 and capsys.readouterr().out == first
+    assert "| one | few 1, 2 talkers of 5 s |" in first
     assert (tmp_path / "one-0" / "few-1-1-5.json").stat() == kept and (tmp_path / "arms.png").exists()
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["rows"]) == 6 and 0.9 < min(results["arms"]["one-0"]["alike"]) <= 1
