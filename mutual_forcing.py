@@ -6,13 +6,13 @@ a film chunk by chunk and keeps the chunks already made in a cache. One set of w
 *multi-step* mode predicts the instantaneous velocity of a flow from noise to data (many small steps), the
 *few-step* mode the average velocity over an interval (4 or 8 large steps). Stage 1 trains each branch alone,
 stage 2 couples them on real history. In each step of stage 3, Mutual Forcing, the few-step mode rolls out a
-history, and the multi-step mode learns the real chunk given that history. Then the multi-step mode, frozen,
-teaches the few-step mode, by ShortCut (a step lands where two half steps do) and DMD (distribution matching).
+history, and the multi-step mode learns the real chunk given that history. Then the multi-step mode, without
+gradient, teaches the few-step mode: ShortCut (a step lands where two half steps do) and DMD (scores match).
 
 Axes                                          Symbols
   B  films in a batch    F  frames              x    clean latents          x_t  noised latents
   S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
-  C  chunks (cfg.chunk latent steps; W: seen)    v    velocity x - noise     u    the network's velocity
+  C  chunks (cfg.chunk latent steps; W: seen)    u    velocity (the data's: x - noise)
   N  tokens of one branch in one latent step    x_hat  the network's clean prediction
   D  width    H  heads    P  values of a head    E  values of a latent step (video's, then audio's)
 
@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "                               # the symbols of a transcript, 0 to 26
@@ -40,7 +39,7 @@ SILENCE = 26
 
 @dataclass(frozen=True)
 class Config:
-    """Every size of the method, our choice: for a laptop (the paper: 7B a branch behind pretrained VAEs)."""
+    """Every size, our choice: for a laptop (the paper: 7B a branch). Raises ValueError if they do not fit."""
     width: int = 192             # D, values of a token
     layers: int = 6              # blocks, each with a video and an audio side
     heads: int = 3               # H, heads of the joint self-attention
@@ -63,9 +62,9 @@ class Config:
     shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
 
     def __post_init__(self):
-        sizes = [x for x in asdict(self).values() if not isinstance(x, tuple)]
-        if not all(0 < x < 2 ** 20 for x in sizes) or self.layers > 999 or self.clock_ticks >= 2 ** 20:
-            raise ValueError("a size is not positive, or beyond all use")
+        odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
+        if odd or self.layers > 999 or self.clock_ticks >= 2 ** 20:
+            raise ValueError(f"{', '.join(odd) or 'layers or clock'}: not positive, or beyond all use")
         if self.image % self.patch or self.audio_values * self.fps != self.sample_rate * self.step_frames:
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
         if self.width % (8 * self.heads):
@@ -181,15 +180,15 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
 
 
-def warp(u, shift: float = 4.0):
+def warp(u, shift: float = Config.shift):
     """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice). Pixel
     patches are redundant: at t = 0.25 a patch of 1536 values already gives itself away, so whatever is global
     (whose face, which colours) is decided below it, and most steps must be spent there."""
     return u / (u + shift * (1 - u))
 
 
-def time_grid(steps: int, shift: float = 4.0) -> Tensor:
-    """Warped times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, 1)."""
+def time_grid(steps: int, shift: float = Config.shift) -> Tensor:
+    """Warped times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, 1). ValueError below 1 step."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
     return warp(torch.linspace(0, 1, steps + 1), shift)[:, None, None, None]
@@ -259,10 +258,10 @@ class StepEmbedding(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        d = cfg.width
-        self.time = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d))
-        self.size = nn.Sequential(nn.Linear(64, d), nn.SiLU(), nn.Linear(d, d, bias=False))
-        start = torch.empty(len(cfg.characters) + 1, d).uniform_(-1.7, 1.7)    # normal_() loads a compiler
+        width = cfg.width
+        self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        self.size = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False))
+        start = torch.empty(len(cfg.characters) + 1, width).uniform_(-1.7, 1.7)
         self.character = nn.Embedding.from_pretrained(start, freeze=False)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
@@ -306,14 +305,14 @@ def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, gain: Tensor, phases: Tensor) -> Tensor:
-    """QK-norm of queries and keys (B, n, 2, H, P), gain (2, 1, P), and their turn by phases (n, P / 2)."""
+    """QK-norm of queries and keys (B, n, 2, H, P), gain (2, 1, P), then their turn by phases (n, P / 2)."""
     x_n = F.normalize(x.float(), dim=-1) * (gain * x.shape[-1] ** 0.5)
     pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * phases[:, None, None]).flatten(-2).to(x.dtype)
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm, modulated: tokens x (B, S, N, D), shift and scale (B, S or 1, 1, D)."""
+    """Layer norm, modulated: tokens x (B, S, N, D), shift and scale (about 1) (B, S or 1, 1, D)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
 
 
@@ -339,7 +338,7 @@ class Side(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
-        self.offset = nn.Parameter(torch.zeros(6, 1, d))               # this block's own modulation
+        self.offset = nn.Parameter(torch.zeros(6, 1, d))    # its own modulation; three axes: not for Muon
 
     def modulate(self, shared: Tensor) -> tuple[Tensor, ...]:
         """What all blocks share (B, S, 1, 6 D) -> this block's six, each (B, S, 1, D)."""
@@ -377,8 +376,8 @@ class Branch(nn.Module):
                 nn.init.zeros_(weight)                                 # adaLN-zero: blocks start as identity
 
     def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
-        """t, d (B, S), character (B,) -> for each block the shift, 1 + scale and gate of attention and those
-        of the feed-forward; last the shift and 1 + scale of the head. Each (B, S, 1, D)."""
+        """t, d (B, S), character (B,) -> for each block the shift, scale and gate of attention and those of
+        the feed-forward; last the shift and scale of the head. Each (B, S, 1, D); scales are about 1."""
         condition = self.step(t, d, character)[:, :, None]
         shared, head = self.modulation(condition), self.head_modulation(condition).chunk(2, -1)
         changes = (*(side.modulate(shared) for side in self.sides), head)
@@ -456,7 +455,7 @@ class AudioVideoTransformer(nn.Module):
         """The last s latent steps of the trunk's tokens -> x_hat (B, s, E), zeros for an absent branch."""
         empty = self.no_first.new_zeros(len(next(iter(tokens.values()))), s, self.cfg.step_values).float()
         out = dict(zip(BRANCHES, cut_branches(self.cfg, empty)))
-        for n in set(BRANCHES) & set(parts):
+        for n in (name for name in BRANCHES if name in parts):
             change = (x[:, -s:] for x in parts[n].changes[-1])
             out[n] = parts[n].branch.head(normalise(tokens[n][:, -s:], *change)).float().flatten(2)
         return torch.cat(list(out.values()), -1)
@@ -484,7 +483,7 @@ class AudioVideoTransformer(nn.Module):
     @torch.no_grad()
     def step(self, x_t: Tensor, changes: dict, script: dict, cache: "KVCache", keep: bool = False):
         """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) -> x_hat; changes of
-        modulate(), script of script(). keep: x_t is finished, at t = 1, d = 0; the cache takes it."""
+        modulate(), script of script(). keep: x_t is finished, t = 1, d = 0: the cache takes it -> None."""
         parts = self.parts(x_t, changes, script)
         tokens = self.trunk(parts, cache.attend)
         return cache.commit() if keep else self.predict(parts, tokens, x_t.shape[1])
@@ -527,14 +526,14 @@ class Band:
         seen, itself = seen[:, None].expand(-1, self.kinds * own, -1), itself.expand(chunks, -1, -1)
         self.mask = torch.cat([seen, itself], 2).bool().to(device)     # (C, rows, columns)
 
-    def columns(self, first: Tensor | None, rows: Tensor, sink) -> Tensor:
+    def columns(self, first: Tensor | None, rows: Tensor, to_sink) -> Tensor:
         """Keys or values (B, H, kinds, C, n, P) -> all that a chunk's rows read, (B, H, C, columns, P)."""
         history, spread = rows[:, :, 0], (-1, -1, self.chunks, -1, -1)
         columns = [] if first is None else [first[:, :, None].expand(spread)]
         if self.window:
             padded = torch.cat([torch.zeros_like(history[:, :, :1])] * self.window + [history], 2)
             before = [padded[:, :, i:i + self.chunks] for i in range(self.window)]
-            columns += [sink(history[:, :, :1]).expand(spread), *before]
+            columns += [to_sink(history[:, :, :1]).expand(spread), *before]
         return torch.cat([*columns, *rows.unbind(2)], 3)
 
     def __call__(self, layer: int, parts: dict) -> dict[str, Tensor]:
@@ -557,7 +556,7 @@ class KVCache:
     """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Tokens of a
     layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
     pass and reads the rest; commit() copies the desk into the ring's oldest place and, after chunk 0, into
-    the sink. Keys are stored turned, as phases are periodic; what is seen is always one slice, no mask."""
+    the sink. Keys are stored turned, as phases are periodic. Raises ValueError for a window not trained."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
         self.window, self.count = cfg.window if window is None else window, 0   # count: chunks committed
@@ -608,14 +607,14 @@ def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
 
 def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool = True,
              guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
-             real: Tensor | None = None, given: int = 0, forced: bool = False):
+             clips: Tensor | None = None, given: int = 0, forced: bool = False):
     """Make a film through the cache; yields the states (see denoise) of each chunk. Few-step mode tells the
     network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0). Guidance other
-    than 1 runs a second, uncontrolled cache. Training gives real (B, S, E): its first `given` chunks stand,
-    others begin from it plus the mean error of the chunk before, noised to times[0]: errors add up as in a
-    stream, the content is the clip's. forced: the cache keeps real."""
+    than 1 runs a second, uncontrolled cache. Training gives clips (B, S, E): their first `given` chunks
+    stand, others begin from them plus the mean error of the chunk before, noised to times[0]: errors add up
+    as in a stream, the content is the clips'. forced: the cache keeps the clips' own chunks."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
-    times, rows, wrong = times.to(device), 1 if guidance == 1 else 2, 0
+    times, copies, error = times.to(device), 1 if guidance == 1 else 2, 0
     if guidance != 1:
         controls = Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
     cache = model.start(controls, window)
@@ -624,23 +623,23 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     for index in range(chunks):
         steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
         script = model.script(controls.chunk(cfg, index), steps)
-        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator).to(device)
-        if real is not None:
-            truth = real.unflatten(1, (-1, cfg.chunk))[:, index]
-            x = add_noise(truth + wrong, x, times[0])
+        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator).to(device)   # alike on all
+        if clips is not None:
+            truth = clips.unflatten(1, (-1, cfg.chunk))[:, index]
+            x = add_noise(truth + error, x, times[0])
 
         def predict(x_t, k):
-            x_hat, *null = model.step(x_t.repeat(rows, 1, 1), changes[k], script, cache).chunk(rows)
+            x_hat, *null = model.step(x_t.repeat(copies, 1, 1), changes[k], script, cache).chunk(copies)
             return torch.lerp(null[0], x_hat, guidance) if null else x_hat
 
         states = [truth] * len(times) if index < given else denoise(predict, x, times)
         yield states
-        wrong = 0 if real is None or forced else (states[-1] - truth).mean(1, keepdim=True)
-        model.step((truth if forced else states[-1]).repeat(rows, 1, 1), clean, script, cache, keep=True)
+        error = 0 if clips is None or forced else (states[-1] - truth).mean(1, keepdim=True)
+        model.step((truth if forced else states[-1]).repeat(copies, 1, 1), clean, script, cache, keep=True)
 
 
 def spell(text: str, frames: int = 3) -> list[int]:
-    """Text -> a symbol per frame: letters a-z last 3 frames each, whatever else is a pause (our choice)."""
+    """Text -> a symbol per frame: letters a-z last so many frames, whatever else is a pause (our choice)."""
     return [ALPHABET.find(c) if c in ALPHABET else SILENCE for c in text.lower() for _ in range(frames)]
 
 
@@ -670,9 +669,9 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
            steps: int = 4, guidance: float = 1.0, window: int | None = None, seed: int = 0):
     """Stream one film; a generator of (uint8 frames (F, H, W, 3), float32 samples (N,)), a chunk at a time.
     transcript: text, or one symbol per frame (cfg.symbols = unknown); None lets the character babble.
-    character: a name or its index. first_frame: uint8 (H, W, 3). mode: "few" large steps or "multi" small
-    ones. The sound of the first yield is one hop short, the last one brings that hop: together they last
-    exactly the frames' time. Memory does not grow with seconds. The first next() may raise ValueError."""
+    character: a name or its index, None for anyone. first_frame: uint8 (H, W, 3). mode: "few" large steps (4
+    or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window. The first yield's
+    sound is one hop short, the last brings that hop. Memory does not grow. First next(): ValueErrors."""
     cfg = model.cfg
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
@@ -699,9 +698,10 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
 
 # ------------------------------------------------------------------------------------------------------------
 # The objectives. Each returns (loss, logs). Flow matching is a velocity loss; ShortCut and DMD act on x_hat.
+# Their random numbers have the shape (rows, ...), or () for all rows: processes divide them (train.Share).
 
 def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, made=None) -> tuple[Tensor, dict]:
-    """Squared errors (B, S, E) -> the sum over branches of their mean over the steps made (S,); logs."""
+    """Squared errors (B, S, E) -> the sum over branches of their mean, over steps made (bool, S,); logs."""
     parts = zip(BRANCHES, cut_branches(cfg, error if made is None else error[:, made]))
     means = {f"{term}_{name}": part.mean() for name, part in parts if name in branches}
     return sum(means.values()), {name: mean.item() for name, mean in means.items()}
@@ -767,7 +767,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     k = int(torch.randint(len(times) - 1, ()))
     t, d = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k]))
     moved = displacement(model(states[k], t, d, controls, history), states[k], t, d)
-    x_hat = states[-1] + moved - moved.detach()
+    x_hat = states[-1] + moved - moved.detach()            # our choice: as if later steps just passed it on
     with torch.no_grad():
         t = draw_times(cfg, x_hat, chunk)
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
@@ -784,13 +784,13 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
 @torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache: all states of its
-    sampler (see generate) and which latent steps (S,) are its own. history: "real" is teacher forcing; "few"
-    its own, after one or two real chunks, so that the film belongs to the clip."""
+    sampler (see generate), and bool (S,), the latent steps that it made. history: "real" is teacher forcing;
+    "few" its own, after one or two real chunks, so that the film belongs to the clip."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
     given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
-    made = generate(model, controls, chunks, times, real=x, given=given, forced=history == "real")
-    own = torch.arange(x.shape[1], device=x.device) >= given * c
-    return [torch.cat(state, 1) for state in zip(*made)], own
+    films = generate(model, controls, chunks, times, clips=x, given=given, forced=history == "real")
+    made = torch.arange(x.shape[1], device=x.device) >= given * c
+    return [torch.cat(state, 1) for state in zip(*films)], made
 
 
 def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, fake, history: str = "few",
@@ -799,8 +799,8 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
     multi-step mode teaches (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's,
     whose chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real"
-    teacher forcing. flow's weight is our choice (at 1 its noise drowns the others), and so is the division
-    of rows among the objectives. Returns the weighted losses by term, and logs."""
+    teacher forcing. Our choice: rows are divided among the objectives, and flow weighs less (at 1 its noise
+    drowns the others). Returns the weighted losses by term, and logs."""
     b, times = len(x), time_grid(steps, model.cfg.shift).to(x)
     weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
     rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}

@@ -248,20 +248,19 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
     """Let a model make the films anew from their controls; every second one is given the first frame too."""
     cfg, made = model.cfg, []
     _, controls = train.encode_films(cfg, films)
-    controls = controls._replace(has_first=torch.arange(len(films)) % 2 == 0)
-    if babble:
-        controls = controls._replace(symbols=torch.full_like(controls.symbols, cfg.symbols))
+    symbols = torch.full_like(controls.symbols, cfg.symbols) if babble else controls.symbols
+    controls = controls._replace(symbols=symbols, has_first=torch.arange(len(films)) % 2 == 0)
     chunks = len(films[0].frames) // cfg.chunk_frames
     label = f"{'few' if few else 'multi'} {steps}, {'babbling' if babble else 'spoken'}"
     bar = tqdm(total=-(-len(films) // batch) * chunks, desc=label, disable=None, leave=False)
     for start in range(0, len(films), batch):
         some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
-        frames, tokens = [], []
+        frames, tokens, codec = [], [], VideoCodec(cfg)
         for states in generate(model, some, chunks, time_grid(steps, cfg.shift), few=few, guidance=guidance,
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
-            frames.append(VideoCodec(cfg).decode(video).cpu())
+            frames.append(codec.decode(video).cpu())
             tokens.append(audio.reshape(len(audio), -1, cfg.hop).cpu())
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
@@ -274,6 +273,8 @@ def evaluate(args) -> dict:
     models = [(str(path), train.in_precision(load_checkpoint(path)[0].to(args.device),
                                              args.precision or "fp32")) for path in args.evaluate]
     cfg = models[0][1].cfg
+    if any(model.cfg.image != cfg.image for _, model in models):
+        raise UserError("--evaluate: checkpoints of one picture size at a time")
     ruler, draw = Ruler(cfg), train.talk
     if args.data:
         least, cache = train.frames_of(cfg, args.seconds), args.evaluate[0].parent / ".clips"
@@ -406,8 +407,7 @@ GLYPHS = dict(zip(ALPHABET, (                              # five rows of three 
 
 def glyph_of(letter: str) -> np.ndarray:
     """A letter as pixels, uint8 (5, 3) of 0 and 1; anything else is blank."""
-    rows = [int(digit) for digit in GLYPHS.get(letter, "00000")]
-    return np.array([[row >> 2 & 1, row >> 1 & 1, row & 1] for row in rows], np.uint8)
+    return np.array([[*map(int, f"{int(digit):03b}")] for digit in GLYPHS.get(letter, "00000")], np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -419,8 +419,7 @@ BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, 
 
 
 def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
-    """The states of each chunk, like generate(). Without a cache each evaluation recomputes what a full one
-    holds: the sink (chunk 0) and the window."""
+    """The states of each chunk, like generate(); without a cache by recomputing all that a full one holds."""
     cfg, s = model.cfg, (model.cfg.window + 2) * model.cfg.chunk
     times = time_grid(steps, cfg.shift).to(model.no_first.device)
     controls = film_controls(cfg, chunks if cache else cfg.window + 2, "the quick brown fox " * chunks)
@@ -444,13 +443,14 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
             if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
     with tempfile.TemporaryDirectory() as folder:
-        writer, codec, tail = FilmWriter(Path(folder) / "film.mp4", cfg), AudioCodec(cfg), None
+        writer, tail = FilmWriter(Path(folder) / "film.mp4", cfg), None
+        video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
         times = [train.clock(device)]
         for states in films_of(model, round(seconds / cfg.chunk_seconds), **settings):
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
-            frames = VideoCodec(cfg).decode(video).cpu().numpy()
-            samples, tail = codec.decode_next(audio.reshape(batch, -1, cfg.hop), tail)
+            frames = video_codec.decode(video).cpu().numpy()
+            samples, tail = audio_codec.decode_next(audio.reshape(batch, -1, cfg.hop), tail)
             times.append(train.clock(device))
             writer.add(frames[0], samples[0].cpu().numpy())
             times.append(train.clock(device))
@@ -506,13 +506,13 @@ def film_settings(args, cfg: Config) -> dict:
     if args.say is not None:
         if not any(c in ALPHABET[:SILENCE] for c in args.say.lower()):
             raise UserError("--say: nothing in it can be spoken; letters a to z can")
-        odd = sorted({c for c in args.say.lower() if c not in ALPHABET})
-        if odd:
+        if odd := sorted({c for c in args.say.lower() if c not in ALPHABET}):
             print(f"--say: {''.join(odd)!r} become pauses", file=sys.stderr)
         symbols = [SILENCE] * 2 + spell(args.say)
-    seconds = args.seconds
-    if seconds is None:
-        seconds = 8.0 if symbols is None else (len(symbols) + cfg.fps // 2) / cfg.fps
+    needed = 8.0 if symbols is None else (len(symbols) + cfg.fps // 2) / cfg.fps
+    seconds = needed if args.seconds is None else args.seconds
+    if symbols is not None and seconds < needed - 0.5:
+        print(f"--seconds: the text takes {needed:.1f}, so its end will not be heard", file=sys.stderr)
     if not 1 / cfg.fps <= seconds <= 24 * 3600:
         raise UserError(f"--seconds must be between 1/{cfg.fps} and 86400")
     if args.character is not None and args.character not in cfg.characters:
@@ -579,11 +579,11 @@ def build_parser() -> argparse.ArgumentParser:
     add, number = parser.add_argument, train.number
     add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
     add("--say", help="text to speak: letters a to z, anything else is a pause; without it, babbling")
-    add("--character", help="a named character; default: chance")
+    add("--character", help="a named character; default: anyone, whom --seed decides")
     add("--first-frame", type=Path, help="a picture to start from")
     add("--seconds", type=float, help="length; default: as long as the text takes, else 8 (25 to score)")
     add("--mode", choices=("few", "multi"), help="default: few (both to score)")
-    add("--steps", type=number(int, 1, 1000), help="evaluations a chunk; default 4, in multi-step mode 50")
+    add("--steps", type=number(int, 1, 1000), help="evaluations a chunk; default 4, in --mode multi 50")
     add("--guidance", type=number(float, 0, 1000), default=1.0, help="other than 1 doubles the evaluations")
     add("--window", type=int, help="chunks of history, at most what training saw")
     add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)

@@ -439,7 +439,7 @@ def test_rollouts_carry_their_errors_on(monkeypatch):
     begun, add_noise = [], mf.add_noise
     monkeypatch.setattr(mf, "add_noise", lambda *args: begun.append(args[0]) or add_noise(*args))
     late = torch.maximum(mf.time_grid(4), mf.time_grid(4)[2])
-    states = mf.generate(model, controls, 3, late, real=x, given=1)
+    states = mf.generate(model, controls, 3, late, clips=x, given=1)
     made, real = [chunk[-1] for chunk in states], x.split(TINY.chunk, 1)
     assert torch.equal(made[0], real[0]) and torch.equal(begun[1], real[1])
     wrong = (made[1] - real[1]).mean(1, keepdim=True)

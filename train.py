@@ -558,7 +558,8 @@ def check_device(name: str) -> None:
 def optimizers_of(net: AudioVideoTransformer, pace: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks and AdamW for all else (our choice; the paper has AdamW alone):
     1 to 3 % less loss after 200 steps on the same data, for 8 % more time. What only the sound's few-step
-    mode uses learns 20 times as fast: it begins at zero, and disturbs nothing else. pace: times the rate."""
+    mode uses learns 20 times as fast: it begins at zero, and disturbs nothing else (the picture's did harm at
+    that pace). pace: times the rate."""
     sizes = [*net.audio.step.size.parameters()]
     sides = [*net.video.sides.parameters(), *net.audio.sides.parameters()]
     matrices = [weight for weight in sides if weight.ndim == 2]
@@ -897,8 +898,8 @@ def benchmark(args, cfg: Config) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The paper's claims, put to the test: arms that begin at one checkpoint and take as many steps, and what is
-# scored of each: mode, evaluations, guidance, seconds.
+# The paper's claims, put to the test. Each arm: how it is trained, most from one checkpoint of the end of
+# stage 2 and for as many steps; and what is scored of it: mode, evaluations, guidance, seconds.
 
 STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 --seconds 3 "
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
@@ -1046,12 +1047,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shard", action="store_true", help="with torchrun: divide the weights among the processes too")
     add("--accumulate", type=count, default=1, help="passes that share a step's clips, for a small device")
     add("--lr", type=number(float, 1e-12, 1), help=f"learning rate; default {default['lr']}")
-    add("--history", choices=("real", "few"), default="few", help="stage 3: few = self-made")
+    add("--history", choices=("real", "few"), default="few", help="stage 3: its own or real")
     add("--flow", type=weight, default=0.3, help="stage 3: weight of flow matching; Self-Forcing has none")
     add("--shortcut", type=weight, default=2 / 3, help="stage 3: weight of ShortCut")
     add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD")
     add("--guidance", type=weight, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
-    add("--teacher", type=Path, help="stage 3: a frozen checkpoint as DMD's real score")
+    add("--teacher", type=Path, help="stage 3: a frozen checkpoint, DMD's real score")
     add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--reproduce", action="store_true", help="train and score all arms of the paper's claims from --init")
@@ -1096,7 +1097,9 @@ def check(args, cfg: Config) -> None:
         raise TrainingError("--flow, --shortcut and --dmd: one of them must weigh more than 0")
     rows = parts * (terms if args.stage in ("mutual", "all") else 1)
     if parts > 1 and any(batch_of(args, seconds) % rows for seconds in args.seconds):
-        raise TrainingError(f"--batch: in {parts} parts, clips of each length must be a multiple of {rows}")
+        counts = ", ".join(str(batch_of(args, seconds)) for seconds in args.seconds)
+        raise TrainingError(f"--batch: {counts} clips a step must each be a multiple of {rows}, for {parts} "
+                            "parts and an equal share of each objective")
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
@@ -1199,7 +1202,8 @@ def main(argv=None) -> int:
     if parser.parse_args(argv).preset == "tiny":
         parser.set_defaults(**TINY)
     args = parser.parse_args(argv)
-    resume, aloud = f"--resume --out {args.out}", sys.stderr           # of this process, whichever it is
+    resume = f"--resume --out {args.out} and all else as before"
+    aloud = sys.stderr                                     # of this process, whichever it is
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         join_processes(args)
