@@ -33,8 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz "                               # the symbols of a transcript, 0 to 26
-SILENCE = 26
+ALPHABET, SILENCE = "abcdefghijklmnopqrstuvwxyz ", 26                 # the symbols of a transcript, 0 to 26
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class Config:
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
     clock: int = 16              # seconds after which every rotary phase in time has come round
     shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
+    late: float = 0.97           # the picture's last quarter of a grid begins here, see bend()
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
@@ -87,8 +87,7 @@ class Config:
     chunk_seconds = property(lambda c: c.chunk_frames / c.fps)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Codecs: fixed, exact, streamable. The paper uses pretrained VAEs; a fork puts them here with the same verbs.
+# ---- Codecs: fixed, exact, streamable. A fork puts pretrained VAEs here, as the paper has. -----------------
 
 class VideoCodec:
     """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). A token holds cosines
@@ -174,34 +173,43 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
     return torch.cat([video.flatten(2), audio.reshape(*video.shape[:2], -1)], -1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Noise schedules: one warp of time for the training density and for every sampling grid.
+# ---- Noise schedules: one warp of time for the training density and for every sampling grid. ---------------
 
 MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
 
 
 def warp(u, shift: float = Config.shift):
-    """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice). Pixel
-    patches are redundant: at t = 0.25 a patch of 1536 values already gives itself away, so whatever is global
-    (whose face, which colours) is decided below it, and most steps must be spent there."""
+    """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice): pixel
+    patches are redundant, at t = 0.25 one gives itself away, and all that is global is decided below it."""
     return u / (u + shift * (1 - u))
 
 
-def time_grid(steps: int, shift: float = Config.shift) -> Tensor:
-    """Warped times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, 1). ValueError below 1 step."""
+def bend(cfg: Config, p: Tensor) -> Tensor:
+    """Even progress p (...,) of a grid -> u of warp() for video and audio (..., 2). Our choice: the picture's
+    last quarter begins late, as its last evaluation draws what the eye sees, and at t = 0.43 cannot yet draw
+    the same wall twice. Sound needs its steps where they are: they decide on the letter."""
+    video = torch.where(p < 0.75, p / 0.75 * cfg.late, 1 - (1 - p) / 0.25 * (1 - cfg.late))
+    return torch.stack([video, p], -1)
+
+
+def each_value(cfg: Config, x: Tensor) -> Tensor:
+    """A number for video and one for audio (..., 2) -> repeated for each value of a latent step (..., E)."""
+    return x.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values], device=x.device), -1)
+
+
+def time_grid(cfg: Config, steps: int) -> Tensor:
+    """Times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, E). ValueError below 1 step."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return warp(torch.linspace(0, 1, steps + 1), shift)[:, None, None, None]
+    return each_value(cfg, warp(bend(cfg, torch.linspace(0, 1, steps + 1)), cfg.shift))[:, None, None]
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
-    """A time for each chunk and branch of x (B, S, E), repeated for each value, (B, S, E): logit-normal, and
-    warped like the grids; in half of the chunks one for both branches, as in sampling. In the others each has
-    its own, so that either learns to follow the other (our choice: a mixture of noise levels)."""
+    """Times of each value of x (B, S, E), one a chunk and branch: logit-normal, and warped like the grids. In
+    half of the chunks branches share theirs; in the others either learns to follow the other (our choice)."""
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
     u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
-    t = warp(u, cfg.shift).repeat_interleave(chunk, 1)                 # (B, S, 2)
-    return t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1).to(x)
+    return each_value(cfg, warp(u, cfg.shift).repeat_interleave(chunk, 1)).to(x)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -219,8 +227,7 @@ def displacement(x_hat: Tensor, x_t: Tensor, t: Tensor, d: Tensor) -> Tensor:
     return (x_hat - x_t) * (d / (1 - t))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The transformer: two branches, one joint self-attention.
+# ---- The transformer: two branches, one joint self-attention. ----------------------------------------------
 
 class Controls(NamedTuple):
     """What steers a film. A dropped control has its "unknown" value; all dropped is the null of guidance."""
@@ -252,9 +259,8 @@ def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
 
 
 class StepEmbedding(nn.Module):
-    """Time t and step size d of each latent step, and the character -> the vector that modulates its tokens.
-    d enters as f(d) - f(0) through a last layer without bias that starts at zero: exactly nothing at d = 0,
-    and nothing at all before stage 3, so that the few-step mode starts as plain Euler (our choice)."""
+    """Time t, step size d and the character -> the vector that modulates a latent step's tokens. d enters as
+    f(d) - f(0), with a last layer that starts at zero: few-step mode starts as plain Euler (our choice)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -293,8 +299,7 @@ class TextEmbedding(nn.Module):
 def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
     """The 3-D rotary embedding: time (clock_ticks, head_dim / 4) and place (N, head_dim / 4), complex phases.
     The unit of time is a hop of sound. Every frequency is a whole number of turns a period (our choice), so
-    positions are taken modulo the period, exactly, and stay bounded however long the film is. Half of a
-    head's pairs turn with time, half with height and width (a sound has no place: no turn)."""
+    that positions stay bounded. Half of a head's pairs turn with time, half with place (a sound has none)."""
     pairs = cfg.head_dim // 4
     turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64).round()
     time = 2 * math.pi / cfg.clock_ticks * (torch.arange(cfg.clock_ticks)[:, None] * turns % cfg.clock_ticks)
@@ -371,17 +376,17 @@ class Branch(nn.Module):
         self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
         self.head_modulation = nn.Linear(d, 2 * d)
         self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, values))
-        for layer in (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1]):
-            for weight in layer.parameters():
-                nn.init.zeros_(weight)                                 # adaLN-zero: blocks start as identity
+        zero = (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1])
+        for weight in nn.ModuleList(zero).parameters():
+            nn.init.zeros_(weight)                                     # adaLN-zero: blocks start as identity
 
     def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
         """t, d (B, S), character (B,) -> for each block the shift, scale and gate of attention and those of
         the feed-forward; last the shift and scale of the head. Each (B, S, 1, D); scales are about 1."""
         condition = self.step(t, d, character)[:, :, None]
         shared, head = self.modulation(condition), self.head_modulation(condition).chunk(2, -1)
-        changes = (*(side.modulate(shared) for side in self.sides), head)
-        return [[x + (i % 3 == 1) for i, x in enumerate(change)] for change in changes]
+        return [[x + (i % 3 == 1) for i, x in enumerate(change)]
+                for change in (*(side.modulate(shared) for side in self.sides), head)]
 
 
 class Part(NamedTuple):
@@ -466,8 +471,7 @@ class AudioVideoTransformer(nn.Module):
         x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only the
         first frame and itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a
         bidirectional model). branches: one alone is the unimodal model of stage 1."""
-        cfg, (b, s) = self.cfg, x_t.shape[:2]
-        chunk = chunk or cfg.chunk
+        cfg, (b, s), chunk = self.cfg, x_t.shape[:2], chunk or self.cfg.chunk
         assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
         t, d = t.expand(b, s, -1), d.expand(b, s, -1)
         if history is not None:                                        # [history at t = 1, d = 0 | noisy]
@@ -593,8 +597,7 @@ class KVCache:
         self.count += 1
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The denoising loop and the streaming sampler.
+# ---- The denoising loop and the streaming sampler. ---------------------------------------------------------
 
 def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
@@ -683,7 +686,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     controls = controls.each(lambda x: x.to(model.no_first.device))
     video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
     tail, rest = None, frames * cfg.sample_rate // cfg.fps             # the hop to come, the samples to come
-    for states in generate(model, controls, chunks, time_grid(steps, cfg.shift), few=mode == "few",
+    for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
         video, audio = split(cfg, states[-1])
         early = cfg.hop if tail is None else 0                         # before the film's first sample
@@ -696,8 +699,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         yield picture, samples
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The objectives. Each returns (loss, logs). Flow matching is a velocity loss; ShortCut and DMD act on x_hat.
+# ---- The objectives: flow matching acts on velocity, ShortCut and DMD on x_hat. Each returns (loss, logs). -
 # Their random numbers have the shape (rows, ...), or () for all rows: processes divide them (train.Share).
 
 def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, made=None) -> tuple[Tensor, dict]:
@@ -727,7 +729,7 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
     x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches)
     error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
     loss, logs = mean_error("flow", cfg, error, branches, made)
-    level = torch.bucketize(t[..., [0, -1]], time_grid(4, cfg.shift).flatten()[1:4].to(t.device))
+    level = torch.bucketize(t[..., [0, -1]], warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shift).to(t.device))
     parts = zip(BRANCHES, cut_branches(cfg, error.detach()), level.unbind(-1))
     logs |= {f"flow_{name}_level{i}": part[at == i].mean().item()
              for name, part, at in parts if name in branches for i in at.unique().tolist()}
@@ -742,8 +744,9 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     cut = torch.tensor(cuts)[torch.randint(len(cuts), (b, s // cfg.chunk))]                  # (B, C)
     begin = (torch.rand(cut.shape) * cut).floor() / cut
-    times = torch.stack([warp(begin + half / cut, cfg.shift) for half in (0, 0.5, 1)])         # (3, B, C)
-    times, longer = (v.repeat_interleave(cfg.chunk, -1)[..., None].to(x) for v in (times, cut < max(cuts)))
+    u = torch.stack([bend(cfg, begin + half / cut) for half in (0, 0.5, 1)])                  # (3, B, C, 2)
+    times = each_value(cfg, warp(u, cfg.shift).repeat_interleave(cfg.chunk, 2)).to(x)
+    longer = (cut < max(cuts)).repeat_interleave(cfg.chunk, 1)[..., None].to(x)               # (B, S, 1)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
     with torch.no_grad():
@@ -773,11 +776,9 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
         x_real = guided(real, x_t, t, torch.zeros_like(t), controls, seen, guidance, chunk)
         x_fake = fake(x_t, t, torch.zeros_like(t), controls, seen, chunk)
-        gradient = []
-        for away, gap in zip(cut_branches(cfg, x_fake - x_real), cut_branches(cfg, x_hat - x_real)):
-            size = gap.abs().mean(-1).unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)
-            gradient.append(away / size.clamp(min=0.2)[..., None])     # our choice: noise is not enlarged
-        target = x_hat - torch.cat(gradient, -1)                       # the loss has this gradient at x_hat
+        gap = torch.stack([part.abs().mean(-1) for part in cut_branches(cfg, x_hat - x_real)], -1)
+        gap = gap.unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)        # by chunk and branch
+        target = x_hat - (x_fake - x_real) / each_value(cfg, gap.clamp(min=0.2))       # noise is not enlarged
     return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
 
 
@@ -801,7 +802,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     whose chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real"
     teacher forcing. Our choice: rows are divided among the objectives, and flow weighs less (at 1 its noise
     drowns the others). Returns the weighted losses by term, and logs."""
-    b, times = len(x), time_grid(steps, model.cfg.shift).to(x)
+    b, times = len(x), time_grid(model.cfg, steps).to(x)
     weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
     rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}
 
@@ -836,8 +837,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     return {name: weights.get(name, 1) * loss for name, loss in losses.items()}, logs
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read.
+# ---- Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read. ---
 
 FORMAT = "mutual-forcing-2"
 

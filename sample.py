@@ -30,8 +30,7 @@ from mutual_forcing import (ALPHABET, SILENCE, AudioCodec, AudioVideoTransformer
 
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
-# ------------------------------------------------------------------------------------------------------------
-# The ruler: what can be measured of a talker's film. It knows the world, not the model.
+# ---- The ruler: what can be measured of a talker's film. It knows the world, not the model. ----------------
 
 WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds; the first second is the reference of the drifts
 HELD_OUT = 2 ** 40                                         # first word of the seeds that training never draws
@@ -257,7 +256,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
         some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
         frames, tokens, codec = [], [], VideoCodec(cfg)
-        for states in generate(model, some, chunks, time_grid(steps, cfg.shift), few=few, guidance=guidance,
+        for states in generate(model, some, chunks, time_grid(cfg, steps), few=few, guidance=guidance,
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
             frames.append(codec.decode(video).cpu())
@@ -304,8 +303,7 @@ def evaluate(args) -> dict:
     return {"windows": windows_of(args.seconds), "rows": rows}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Writing films: into a folder beside the result, chunk by chunk, and renamed when whole.
+# ---- Writing films: into a folder beside the result, chunk by chunk, and renamed when whole. ---------------
 
 ENDINGS = (".mp4", ".gif", ".wav", ".png")
 ENLARGE = 4  # by nearest neighbour: small pixels do not survive H.264
@@ -410,8 +408,7 @@ def glyph_of(letter: str) -> np.ndarray:
     return np.array([[*map(int, f"{int(digit):03b}")] for digit in GLYPHS.get(letter, "00000")], np.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Speed: one thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
+# ---- Speed: one thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
 
 MULTI = {"mode": "multi", "steps": 50}
 BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, {"size": 96}, {"size": 128},
@@ -421,7 +418,7 @@ BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, 
 def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
     """The states of each chunk, like generate(); without a cache by recomputing all that a full one holds."""
     cfg, s = model.cfg, (model.cfg.window + 2) * model.cfg.chunk
-    times = time_grid(steps, cfg.shift).to(model.no_first.device)
+    times = time_grid(cfg, steps).to(model.no_first.device)
     controls = film_controls(cfg, chunks if cache else cfg.window + 2, "the quick brown fox " * chunks)
     controls = controls.each(lambda x: x.expand(batch, *x.shape[1:]).to(times.device))
     if cache:
@@ -466,8 +463,7 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
             "peak_memory_mb": train.peak_memory(device)}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line.
+# ---- The command line. -------------------------------------------------------------------------------------
 
 class UserError(Exception):
     """Something the user can put right; shown as one line."""

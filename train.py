@@ -48,8 +48,7 @@ from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, Aud
                             rollout, save_checkpoint, save_file, shortcut_loss, spell, split, stream,
                             time_grid)
 
-# ------------------------------------------------------------------------------------------------------------
-# The synthetic talker: a drawn face that speaks; rich enough to need a generator, exact enough to measure.
+# ---- The synthetic talker: a drawn face that speaks, rich enough to learn, exact enough to measure. --------
 
 NAMES = Config().characters                                # len(NAMES) as an index: anyone
 
@@ -292,8 +291,7 @@ def talk(cfg: Config, rng: np.random.Generator, frames: int, who: Identity | Non
     return Film(film, voice(rng, who, weights, cfg), np.concatenate([before, symbols]), who.character)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The clip folder: ordinary films and sounds, brought to the model's frame rate, size and sample rate.
+# ---- The clip folder: ordinary films and sounds, brought to the model's frame rate, size and sample rate. --
 
 FILMS, SOUNDS = (".mp4", ".mov", ".webm", ".mkv"), (".wav", ".flac", ".ogg", ".mp3")
 SUBTITLES = (".vtt", ".srt")
@@ -410,8 +408,7 @@ def drawer(clips: list[Film] | None, stage: str):
     return draw
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The data: films to latents and controls.
+# ---- The data: films to latents and controls. --------------------------------------------------------------
 
 def encode_films(cfg: Config, films: list[Film]) -> tuple[torch.Tensor, Controls]:
     """Films of equal length -> latents (B, S, E), and their controls, none of them dropped."""
@@ -447,8 +444,7 @@ def film_batch(cfg: Config, draw, seed: int, stage: int, step: int, rows: range,
     return x, drop_controls(cfg, controls, np.stack([rng.random(3) for rng in chances], 1), babble)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Many processes (torchrun) and many passes: each takes its part of a batch, and the gradients are averaged.
+# ---- Many processes (torchrun) and many passes: each takes its part; gradients are averaged. ---------------
 
 def process() -> tuple[int, int]:
     """Which process this is, and how many there are."""
@@ -508,8 +504,7 @@ def anyone(wish, device: str) -> bool:
     return bool(wishes)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The loop.
+# ---- The loop. ---------------------------------------------------------------------------------------------
 
 class StageDefaults(NamedTuple):
     """What a stage takes unless told otherwise (our choice; the paper's rate is 5e-5 for 7B weights)."""
@@ -714,7 +709,7 @@ def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) 
     _, controls = film_batch(cfg, draw, 0, len(STAGES), 0, range(4), seconds)
     controls = controls.each(lambda c: c.to(model.no_first.device))
     noise = torch.Generator().manual_seed(0)
-    chunks = generate(model, controls, chunks, time_grid(4, cfg.shift), generator=noise)
+    chunks = generate(model, controls, chunks, time_grid(cfg, 4), generator=noise)
     video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
     frames = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].swapaxes(0, 1).cpu().numpy()
     strip = np.concatenate(np.concatenate(list(frames), 2), 0)   # films below each other, time to the right
@@ -771,8 +766,7 @@ def save(state: State, args) -> None:
             write_strip(ema.to(args.device), state.draw, max(args.seconds), path)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Speed, beside the machine's limit: the time that the same matrix products take alone.
+# ---- Speed, beside the machine's limit: the time that the same matrix products take alone. -----------------
 
 class Products(TorchDispatchMode):
     """Collects the shapes of all matrix products made while it is entered, attention's two among them."""
@@ -879,7 +873,7 @@ def benchmark(args, cfg: Config) -> dict:
     x, controls = x.to(device), controls.each(lambda c: c.to(device))
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], controls.each(lambda c: c[third])
-    times, student = time_grid(4, cfg.shift).to(device), state.model
+    times, student = time_grid(cfg, 4).to(device), state.model
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=not args.fp32):
         add("rollout", lambda: rollout(student, x, controls, times, "few"))
         states, made = rollout(student, some, said, times, "few")
@@ -897,9 +891,9 @@ def benchmark(args, cfg: Config) -> dict:
     return {"machine": machine(device), "rows": rows}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The paper's claims, put to the test. Each arm: how it is trained, most from one checkpoint of the end of
-# stage 2 and for as many steps; and what is scored of it: mode, evaluations, guidance, seconds.
+# ---- The paper's claims, put to the test. ------------------------------------------------------------------
+# Each arm: how it is trained, most of them from one checkpoint of the end of stage 2 and for as many steps;
+# and what is scored of it: mode, evaluations, guidance, seconds.
 
 STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 --seconds 3 "
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
@@ -981,7 +975,7 @@ def scored(checkpoint: Path, kept: Path, device: str, mode: str, steps: str, gui
 def likeness(model: AudioVideoTransformer) -> list[float]:
     """How alike the two modes are: cosine of their attention outputs on the same noised chunks, by layer."""
     x, controls = film_batch(model.cfg, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds)
-    begin, end = time_grid(4, model.cfg.shift)[1:3]
+    begin, end = time_grid(model.cfg, 4)[1:3]
     torch.manual_seed(0)
     x_t, outputs = torch.lerp(torch.randn_like(x), x, begin[0]), ([], [])
     for seen, d in zip(outputs, (0 * begin, end - begin)):
