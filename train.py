@@ -1104,15 +1104,15 @@ def check(args, cfg: Config) -> None:
 
 
 def load_resume(args) -> dict:
-    """What --resume goes on from, its sizes as a Config. Raises CheckpointError."""
+    """What --resume goes on from, its sizes as a new network. Raises CheckpointError."""
     content = load_file(args.out / "resume.pt")
     try:
-        cfg, settings = Config(**content["config"]), dict(content["settings"])
+        net, settings = AudioVideoTransformer(Config(**content["config"])), dict(content["settings"])
         if content["stage"] not in (STAGES if settings["stage"] == "all" else [settings["stage"]]):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{args.out / 'resume.pt'}: not what --resume goes on from") from None
-    return content | {"config": cfg, "settings": settings}
+    return content | {"net": net, "settings": settings}
 
 
 def run(args) -> None:
@@ -1139,7 +1139,7 @@ def train_stages(args) -> None:
     """Train the stages asked for, into the folder args.out. Raises as run() does."""
     content = load_resume(args) if args.resume else None
     if content:
-        model = AudioVideoTransformer(content["config"])
+        model = content["net"]
     else:
         model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(sizes_of(args))
     if args.config and model.cfg != sizes_of(args):
