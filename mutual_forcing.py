@@ -59,7 +59,7 @@ class Config:
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
     clock: int = 16              # seconds after which every rotary phase in time has come round
     shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
-    late: float = 0.97           # the picture's last quarter of a grid begins here, see bend()
+    late: float = 0.97           # the picture's last step of a grid begins here or later, see progress()
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
@@ -184,12 +184,12 @@ def warp(u, shift: float = Config.shift):
     return u / (u + shift * (1 - u))
 
 
-def bend(cfg: Config, p: Tensor) -> Tensor:
-    """Even progress p (...,) of a grid -> u of warp() for video and audio (..., 2). Our choice: the picture's
-    last quarter begins late, as its last evaluation draws what the eye sees, and at t = 0.43 cannot yet draw
+def progress(cfg: Config, steps: int) -> Tensor:
+    """A sampler's grid as u of warp(), for video and audio (steps + 1, 2). Our choice: even, but for a late
+    begin of the picture's last step: that evaluation draws what the eye sees, and at t = 0.43 cannot yet draw
     the same wall twice. Sound needs its steps where they are: they decide on the letter."""
-    video = torch.where(p < 0.75, p / 0.75 * cfg.late, 1 - (1 - p) / 0.25 * (1 - cfg.late))
-    return torch.stack([video, p], -1)
+    video = [*torch.linspace(0, max(cfg.late, 1 - 1 / steps), steps), torch.ones(())]
+    return torch.stack([torch.stack(video), torch.linspace(0, 1, steps + 1)], -1)
 
 
 def each_value(cfg: Config, x: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def time_grid(cfg: Config, steps: int) -> Tensor:
     """Times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, E). ValueError below 1 step."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return each_value(cfg, warp(bend(cfg, torch.linspace(0, 1, steps + 1)), cfg.shift))[:, None, None]
+    return each_value(cfg, warp(progress(cfg, steps), cfg.shift))[:, None, None]
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
@@ -262,12 +262,11 @@ class StepEmbedding(nn.Module):
     """Time t, step size d and the character -> the vector that modulates a latent step's tokens. d enters as
     f(d) - f(0), with a last layer that starts at zero: few-step mode starts as plain Euler (our choice)."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, width: int, characters: int):
         super().__init__()
-        width = cfg.width
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.size = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False))
-        start = torch.empty(len(cfg.characters) + 1, width).uniform_(-1.7, 1.7)
+        start = torch.empty(characters, width).uniform_(-1.7, 1.7)
         self.character = nn.Embedding.from_pretrained(start, freeze=False)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
@@ -371,7 +370,7 @@ class Branch(nn.Module):
         self.embed = nn.Linear(values, d)
         self.text = TextEmbedding(cfg, tokens, instants)
         self.place = nn.Parameter(torch.empty(tokens, d).uniform_(-0.03, 0.03))
-        self.step = StepEmbedding(cfg)
+        self.step = StepEmbedding(d, len(cfg.characters) + 1)
         self.modulation = nn.Linear(d, 6 * d)                          # shared by the blocks
         self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
         self.head_modulation = nn.Linear(d, 2 * d)
@@ -675,10 +674,9 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     character: a name or its index, None for anyone. first_frame: uint8 (H, W, 3). mode: "few" large steps (4
     or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window. The first yield's
     sound is one hop short, the last brings that hop. Memory does not grow. First next(): ValueErrors."""
-    cfg = model.cfg
+    cfg, frames = model.cfg, round(seconds * model.cfg.fps)
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
-    frames = round(seconds * cfg.fps)
     if frames < 1:
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
@@ -738,21 +736,23 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
 
 def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
                   guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
-    """One large step must land where two half steps do (ShortCut, section 3.3). Warped time is cut in 4 or 8,
-    as in sampling (our choice: longer spans wreck both modes). Half steps of the shortest spans are the
-    teacher's multi-step mode, guided; others its few-step mode. The error is x_hat's: u's explodes."""
+    """One large step must land where two half steps do (ShortCut, section 3.3): the steps of the sampler's
+    grids of 4 and 8 (our choice: longer spans wreck both modes), halved in warped time, but not the picture's
+    last: to land on x_hat is cleaner there than two halves, which teach flicker. Half steps of 8 are the
+    teacher's multi-step mode, guided; of 4 its few-step mode. The error is x_hat's: u's explodes."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
-    cut = torch.tensor(cuts)[torch.randint(len(cuts), (b, s // cfg.chunk))]                  # (B, C)
-    begin = (torch.rand(cut.shape) * cut).floor() / cut
-    u = torch.stack([bend(cfg, begin + half / cut) for half in (0, 0.5, 1)])                  # (3, B, C, 2)
-    times = each_value(cfg, warp(u, cfg.shift).repeat_interleave(cfg.chunk, 2)).to(x)
-    longer = (cut < max(cuts)).repeat_interleave(cfg.chunk, 1)[..., None].to(x)               # (B, S, 1)
+    grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
+    start, stop = torch.cat([u[:-1] for u in grids]), torch.cat([u[1:] for u in grids])        # (spans, 2)
+    span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
+    whole = (stop == 1) & torch.tensor([True, False])                                         # (spans, 2)
+    u = torch.stack([start, torch.where(whole, start, start.lerp(stop, 0.5)), stop])[:, span]  # (3, B, S, 2)
+    times = each_value(cfg, warp(u, cfg.shift)).to(x)
+    longer = (span < len(start) - max(cuts))[..., None].to(x)                                 # (B, S, 1)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
     with torch.no_grad():
-        sizes = times.diff(dim=0) * longer
-        end = denoise(lambda x, k: guided(teacher, x, times[k], sizes[k], controls, history, scale), x_t,
-                      times)[-1]
+        end = denoise(lambda x, k: guided(teacher, x, times[k], (times[k + 1] - times[k]) * longer, controls,
+                                          history, scale), x_t, times)[-1]
         t, d = times[0], times[2] - times[0]
         target = x_t + (end - x_t) * (1 - t) / d                      # the x_hat whose step d lands on end
     x_hat = model(x_t, t, d, controls, history)

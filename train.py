@@ -923,8 +923,7 @@ FIGURES = ("transcript_error", "lip", "sync", "identity_drift", "voice_drift", "
 
 def reproduce(args) -> dict:
     """Train and score the ARMS into folders of args.out; interrupted, it goes on. Returns all scores."""
-    jobs = [(0, name, scores.split()[:1]) for name, (_, scores) in ARMS.items()]   # the most telling first
-    jobs += [(0, name, scores.split()[1:]) for name, (_, scores) in ARMS.items() if " " in scores]
+    jobs = [(0, name, scores.split()) for name, (_, scores) in ARMS.items()]
     jobs += [(seed, name, ["few-4"]) for seed in (1, 2) for name in THREE_SEEDS]
     rows, arms = [], {}
     if not args.init:
