@@ -744,8 +744,8 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
     start, stop = torch.cat([u[:-1] for u in grids]), torch.cat([u[1:] for u in grids])        # (spans, 2)
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
-    whole = (stop == 1) & torch.tensor([True, False])                                         # (spans, 2)
-    u = torch.stack([start, torch.where(whole, start, start.lerp(stop, 0.5)), stop])[:, span]  # (3, B, S, 2)
+    last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
+    u = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
     times = each_value(cfg, warp(u, cfg.shift)).to(x)
     longer = (span < len(start) - max(cuts))[..., None].to(x)                                 # (B, S, 1)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
