@@ -922,52 +922,61 @@ FIGURES = ("transcript_error", "lip", "sync", "identity_drift", "voice_drift", "
 
 
 def reproduce(args) -> dict:
-    """Train and score the ARMS into folders of args.out; interrupted, it goes on. Returns all scores."""
-    jobs = [(0, name, scores.split()) for name, (_, scores) in ARMS.items()]
-    jobs += [(seed, name, ["few-4"]) for seed in (1, 2) for name in THREE_SEEDS]
-    rows, arms = [], {}
+    """Train and score the ARMS into folders of args.out; what its results.json holds is not made again."""
+    jobs = [(name, 0, what) for name, (_, scores) in ARMS.items() for what in scores.split()]
+    jobs += [(name, seed, "few-4") for seed in (1, 2) for name in THREE_SEEDS]
     if not args.init:
         raise TrainingError("--reproduce: needs --init, a checkpoint of the end of stage 2")
     if process()[1] > 1:
         raise TrainingError("--reproduce: is for one process")
-    device = ["--device", args.device, *["--fp32"] * args.fp32]
     args.out.mkdir(parents=True, exist_ok=True)
-    for seed, name, scores in tqdm(jobs, desc="arms", disable=None):
-        folder, options = args.out / f"{name}-{seed}", ARMS[name][0]
-        options = [part.format(init=args.init, out=args.out) for part in options.split()]
-        arm = build_parser().parse_args([*options, *device, "--seed", str(seed), "--out", str(folder)])
-        arm.resume = (folder / "resume.pt").exists()
-        run(arm)
-        made = folder / f"{arm.stage}.pt"
-        lasted = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").open()]
-        arms[f"{name}-{seed}"] = {"options": " ".join(options), "seconds_a_step": float(np.median(lasted)),
-                                  "alike": likeness(load_checkpoint(made)[0])}
-        for what in scores:
-            for row in scored(made, folder / f"{what}.json", args.device, *what.split("-"))["rows"]:
-                row |= {"seed": seed, "arm": name} if row["mode"] else {"seed": 0, "arm": row["checkpoint"]}
+    path = args.out / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "rows": []}
+    results["machine"], rows = machine(args.device), results["rows"]
+    for name, seed, what in tqdm(jobs, desc="arms", disable=None):
+        job = {"arm": name, "seed": seed, "asked": what}
+        if not any(job.items() <= row.items() for row in rows):
+            made = train_arm(name, seed, args, results["arms"])
+            for row in scored(made, args.device, *what.split("-")):
+                row |= job if row["mode"] else {"arm": row["checkpoint"]}
                 rows += [] if row in rows else [row]
-        results = {"machine": machine(args.device), "arms": arms, "rows": rows}
-        replace_file(args.out / "results.json", json.dumps(results, indent=0).encode())
-    shown = [next((args.out / f"{name}-0").glob("[!r]*.pt")) for name, (_, scores) in ARMS.items() if scores]
-    write_arms(shown, args.out / "arms.png")
+            replace_file(path, json.dumps(results, indent=0).encode())
     return results
 
 
-def scored(checkpoint: Path, kept: Path, device: str, mode: str, steps: str, guidance="1", seconds="25"):
-    """What `sample.py --evaluate --json` says of a checkpoint; asked once, and kept."""
+def train_arm(name: str, seed: int, args, arms: dict) -> Path:
+    """Train an arm, after those it builds on, or go on with it. Its cost goes into arms. Returns its file."""
+    options, scores = ARMS[name]
+    for before in re.findall(r"{out}/(\S+)-0/", options):
+        train_arm(before, 0, args, arms)
+    folder, options = args.out / f"{name}-{seed}", options.format(init=args.init, out=args.out).split()
+    where = ["--device", args.device, *["--fp32"] * args.fp32, "--seed", str(seed), "--out", str(folder)]
+    arm = build_parser().parse_args([*options, *where])
+    made = folder / f"{arm.stage}.pt"
+    if folder.name not in arms or not made.exists():
+        arm.resume = (folder / "resume.pt").exists()
+        run(arm)
+        lasted = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").open()]
+        model = load_checkpoint(made)[0]
+        arms[folder.name] = {"options": " ".join(options), "seconds_a_step": float(np.median(lasted)),
+                             "alike": likeness(model)}
+        if scores and seed == 0:
+            draw_arm(model, name, args.out / "arms.png")
+    return made
+
+
+def scored(checkpoint: Path, device: str, mode: str, steps: str, guidance="1", seconds="25") -> list[dict]:
+    """The rows that `sample.py --evaluate --json` gives for a checkpoint, with how much film was asked."""
     talkers = {"25": "32" if int(steps) < 50 else "16", "60": "16", "600": "4"}.get(seconds, "2")
-    if not kept.exists():
-        words = {"mode": mode, "steps": steps, "guidance": guidance, "seconds": seconds, "talkers": talkers,
-                 "device": device}
-        options = [x for name, word in words.items() for x in (f"--{name}", word)]
-        said = subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--json", *options,
-                               "--evaluate", checkpoint], stdout=subprocess.PIPE, text=True)
-        if said.returncode:
-            raise TrainingError(f"{checkpoint} could not be scored")
-        replace_file(kept, said.stdout.encode())
-    result = json.loads(kept.read_text())
-    result["rows"] = [row | {"seconds": int(seconds), "talkers": int(talkers)} for row in result["rows"]]
-    return result
+    words = {"mode": mode, "steps": steps, "guidance": guidance, "seconds": seconds, "talkers": talkers,
+             "device": device}
+    options = [x for name, word in words.items() for x in (f"--{name}", word)]
+    said = subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--json", *options,
+                           "--evaluate", checkpoint], stdout=subprocess.PIPE, text=True)
+    if said.returncode:
+        raise TrainingError(f"{checkpoint} could not be scored")
+    extent = {"seconds": int(seconds), "talkers": int(talkers)}
+    return [row | extent for row in json.loads(said.stdout)["rows"]]
 
 
 @torch.no_grad()
@@ -988,25 +997,29 @@ def likeness(model: AudioVideoTransformer) -> list[float]:
     return [round((video + audio) / 2, 4) for video, audio in zip(alike[::2], alike[1::2])]
 
 
-def write_arms(checkpoints: list[Path], path: Path) -> None:
-    """Arms below each other, three characters at 2 s and at 25 s to the right: the same words and noise."""
-    rows = []
-    for model in (load_checkpoint(checkpoint)[0] for checkpoint in checkpoints):
-        shots = []
-        for name in model.cfg.characters[:3]:
-            chunks = stream(model, seconds=25.5, transcript="the quick brown fox jumps " * 6, character=name)
-            film = np.concatenate([frames for frames, _ in chunks])
-            shots += [film[2 * model.cfg.fps], film[25 * model.cfg.fps]]
-        rows.append(np.concatenate(shots, 1))
-    write_picture(path, np.concatenate(rows))
+def draw_arm(model: AudioVideoTransformer, name: str, path: Path) -> None:
+    """Draw an arm's row of the picture of all: three characters at 2 and 25 s, the same words and noise."""
+    shots = []
+    for character in model.cfg.characters[:3]:
+        chunks = stream(model, seconds=25.5, transcript="the quick brown fox jumps " * 6, character=character)
+        film = np.concatenate([frames for frames, _ in chunks])
+        shots += [film[2 * model.cfg.fps], film[25 * model.cfg.fps]]
+    shown = [arm for arm, (_, scores) in ARMS.items() if scores]
+    strip = np.concatenate(shots, 1)
+    picture = np.zeros_like(strip, shape=(len(shown) * len(strip), *strip.shape[1:]))
+    old = iio.imread(path)[::2, ::2] if path.exists() else picture
+    picture[:len(old)] = old[:len(picture)]
+    picture[shown.index(name) * len(strip):][:len(strip)] = strip
+    write_picture(path, picture)
 
 
 def tables(results: dict) -> str:
     """The scores as Markdown: means over the seeds in the three windows, and the spread of the last."""
-    parts = []
+    parts, order = [], ["ground truth", "shuffled sound", *ARMS]
+    rows = sorted(results["rows"], key=lambda row: (row["seconds"], -row["talkers"], order.index(row["arm"])))
     for control in ("spoken", "babbling"):
         groups, lines = {}, []
-        for row in (row for row in results["rows"] if row["control"] == control):
+        for row in (row for row in rows if row["control"] == control):
             how = f"{row['mode']} {row['steps']}, " if row["mode"] else ""
             how += f"guidance {row['guidance']:g}, " if row["guidance"] not in (None, 1) else ""
             how += f"{row['talkers']} talkers of {row['seconds']} s"
