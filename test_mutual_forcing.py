@@ -1268,8 +1268,7 @@ def test_reproduce_keeps_what_is_done(small_checkpoint, tmp_path, monkeypatch, c
     assert train.main(command) == 0 and (tmp_path / "one-0" / "mutual.pt").exists()
     again = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert all(row in again for row in json.loads(whole)["rows"])
-    monkeypatch.setitem(train.ARMS, "two", (arm, "few-1"))
-    train.draw_arm(mf.load_checkpoint(small_checkpoint)[0], "two", tmp_path / "arms.png")
+    train.draw_arm(mf.load_checkpoint(small_checkpoint)[0], 1, tmp_path / "arms.png")
     two = imageio.v3.imread(tmp_path / "arms.png")         # a row of its own below the first, which stays
     assert len(two) == 2 * len(drawn) and (two[:len(drawn)] == drawn).all() and two[len(drawn):].any()
     model = AudioVideoTransformer(Config(width=32, layers=2, heads=1))

@@ -906,6 +906,7 @@ ARMS = {
     "dmd": (STAGE_3 + "--shortcut 0 --dmd 1", "few-4 few-8"),
     "teacher": (STAGE_2 + "--whole --batch 4 --seconds 3", ""),
     "self-forcing": (STAGE_3 + "--flow 0 --shortcut 0 --dmd 1 --teacher {out}/teacher-0/joint.pt", "few-4"),
+    "own-score": (STAGE_3 + "--flow 0 --shortcut 0 --dmd 1", "few-4"),
     "shortcut-tf": (STAGE_3 + "--history real --shortcut 1 --dmd 0", "few-4 few-8"),
     "dmd-tf": (STAGE_3 + "--history real --shortcut 0 --dmd 1", "few-4"),
     "clips-of-1s": (STAGE_2 + "--batch 12 --seconds 1", "few-4"),
@@ -961,7 +962,8 @@ def train_arm(name: str, seed: int, args, arms: dict) -> Path:
         arms[folder.name] = {"options": " ".join(options), "seconds_a_step": float(np.median(lasted)),
                              "alike": likeness(model)}
         if scores and seed == 0:
-            draw_arm(model, name, args.out / "arms.png")
+            shown = [arm for arm in arms if arm.endswith("-0") and ARMS[arm[:-2]][1]]
+            draw_arm(model, shown.index(folder.name), args.out / "arms.png")
     return made
 
 
@@ -997,20 +999,16 @@ def likeness(model: AudioVideoTransformer) -> list[float]:
     return [round((video + audio) / 2, 4) for video, audio in zip(alike[::2], alike[1::2])]
 
 
-def draw_arm(model: AudioVideoTransformer, name: str, path: Path) -> None:
+def draw_arm(model: AudioVideoTransformer, row: int, path: Path) -> None:
     """Draw an arm's row of the picture of all: three characters at 2 and 25 s, the same words and noise."""
-    shots = []
+    shots, size = [], model.cfg.image
     for character in model.cfg.characters[:3]:
         chunks = stream(model, seconds=25.5, transcript="the quick brown fox jumps " * 6, character=character)
         film = np.concatenate([frames for frames, _ in chunks])
         shots += [film[2 * model.cfg.fps], film[25 * model.cfg.fps]]
-    shown = [arm for arm, (_, scores) in ARMS.items() if scores]
     strip = np.concatenate(shots, 1)
-    picture = np.zeros_like(strip, shape=(len(shown) * len(strip), *strip.shape[1:]))
-    old = iio.imread(path)[::2, ::2] if path.exists() else picture
-    picture[:len(old)] = old[:len(picture)]
-    picture[shown.index(name) * len(strip):][:len(strip)] = strip
-    write_picture(path, picture)
+    old = iio.imread(path)[::2, ::2] if path.exists() else strip[:0]
+    write_picture(path, np.concatenate([old[:row * size], strip, old[(row + 1) * size:]]))
 
 
 def tables(results: dict) -> str:
