@@ -6,6 +6,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
 
 import argparse
+import atexit
 import colorsys
 import copy
 import dataclasses
@@ -1190,6 +1191,7 @@ def join_processes(args) -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(args.device)
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=3))
+    atexit.register(dist.destroy_process_group)            # or its threads may abort a process that ends
     if process()[0] > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
