@@ -1032,23 +1032,22 @@ def test_the_end_is_quiet(small_checkpoint, tmp_path):
 
 
 def test_soak():
-    """A long film of the shipped checkpoint speaks, and ends (after half an hour if WHOLE) as well as it
-    begins, in as much memory."""
+    """A long film of the shipped checkpoint keeps the face it is given, speaks, and ends (after half an hour
+    if WHOLE) as well as it begins, in as much memory."""
     shipped = HERE / "assets" / "talker.pt"
     assert shipped.stat().st_size <= 16 * 10 ** 6
     model, _ = mf.load_checkpoint(shipped)
     cfg, ruler = model.cfg, sample.Ruler(model.cfg)
     seconds, part = (1800, 60) if WHOLE else (30, 10)
     said = train.draw_symbols(np.random.default_rng(sample.HELD_OUT), seconds * cfg.fps)
+    other = sample.to_films(sample.held_out(cfg, 8, part, 1), cfg)
     first, last, memory = [], deque(maxlen=int(part / cfg.chunk_seconds) + 1), []
-    for chunk in mf.stream(model, seconds=seconds, transcript=said, character="ada"):
+    for chunk in mf.stream(model, seconds=seconds, transcript=said, first_frame=other.frames[0, 0]):
         assert np.isfinite(chunk[1]).all()
         first += [chunk] if len(first) < last.maxlen else []
         last.append(chunk)
         memory.append(train.peak_memory("cpu"))
     assert len(memory) * cfg.chunk_seconds == seconds and memory[-1] - memory[len(memory) // 2] < 8
-
-    other = sample.to_films(sample.held_out(cfg, 8, part, 1), cfg)
 
     def figures(chunks, cut):
         frames, samples = (np.concatenate(x) for x in zip(*chunks))
@@ -1063,10 +1062,11 @@ def test_soak():
     end, late_colours = figures(list(last), lambda pace: slice(-part * pace, None))
     assert begin["transcript_error"] < 0.02 and begin["lip"] > 0.95 and begin["sync"] > 0.9
     assert abs(begin["sync_lag_ms"]) < 1000 / cfg.fps > abs(end["sync_lag_ms"])
-    assert np.abs(colours - late_colours).mean() < (0.02 if WHOLE else 0.03)     # ten seconds are few
+    for before in (ruler.colours(other.frames[:1])[:, 0], colours):                  # ten seconds are few
+        assert np.abs(before - late_colours).mean() < (0.02 if WHOLE else 0.03)
     loose = 1 if WHOLE else 2                              # in ten seconds ground truth itself varies so
-    bounds = {"transcript_error": 0.02, "lip": 0.04, "sync": 0.08, "identity_drift": 0.02, "motion": 0.003,
-              "loudness_db": 1, "voice_drift": 0.05 * loose, "letter_margin": 0.02 * loose,
+    bounds = {"transcript_error": 0.02 * loose, "lip": 0.04, "sync": 0.08, "identity_drift": 0.02,
+              "motion": 0.003, "loudness_db": 1, "voice_drift": 0.05 * loose, "letter_margin": 0.02 * loose,
               "letter_spread": 2 * loose, "frechet_video": 0.2 * begin["frechet_video"] * loose,
               "frechet_audio": 0.25 * loose}
     changes = {name: (end[name] - begin[name], most) for name, most in bounds.items()}
@@ -1242,8 +1242,8 @@ def test_benchmarks_measure_and_say_on_what(small_checkpoint, monkeypatch, capsy
     result = json.loads(capsys.readouterr().out)
     assert result["machine"] and len(result["rows"]) == 3
     for row in result["rows"]:
-        assert row["limit_share"] > 0 and row["chunk_ms_median"] <= row["chunk_ms_p95"]
-        assert row["fps_end_to_end"] < row["fps_model"] and row["real_time_factor"] > 0
+        assert row["limit_share"] > 0 and row["chunk_ms_new"] > 0 and row["real_time_factor"] > 0
+        assert row["chunk_ms_median"] <= row["chunk_ms_p95"] and row["fps_end_to_end"] < row["fps_model"]
     assert train.main(["--benchmark", "--json", "--device", "cpu", "--preset", "tiny"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     assert len(rows) == 10 and all(row["seconds"] > 0 and row["limit_share"] > 0 for row in rows)
