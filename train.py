@@ -1028,11 +1028,11 @@ def tables(results: dict) -> str:
             for figure in FIGURES:
                 values = np.array([row[figure] for row in same], float)            # (seeds, windows)
                 cell = " / ".join("-" if np.isnan(x) else f"{x:.3g}" for x in values.mean(0))
-                lines[-1][figure] = cell + (f" ± {values[:, -1].std(ddof=1):.2g}" if len(same) > 1 else "")
+                spread = values[:, -1].std(ddof=1) if len(same) > 1 else np.nan
+                lines[-1][figure] = cell + ("" if np.isnan(spread) else f" ± {spread:.2g}")
         parts.append(f"*{control.capitalize()}*\n\n{markdown(lines)}")
-    costs = [{"arm": name, "seconds a step": arm["seconds_a_step"], "modes alike, by layer": arm["alike"]}
-             for name, arm in results["arms"].items()]
-    return "\n\n".join([*parts, f"*Cost and likeness*\n\n{markdown(costs)}"])
+    alike = [{"arm": name, "cosine, by layer": arm["alike"]} for name, arm in results["arms"].items()]
+    return "\n\n".join([*parts, f"*How alike the two modes are*\n\n{markdown(alike)}"])
 
 
 def build_parser() -> argparse.ArgumentParser:
