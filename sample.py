@@ -56,8 +56,7 @@ class Ruler:
         for width in (0.1, 0.3, 0.5, 0.7, 0.9):            # one face for each pitch
             who = someone._replace(face_width=width)
             for letter in range(SILENCE):
-                weights = train.letter_weights(np.full(16, letter))
-                energy = self.energies(train.voice(rng, who, weights, cfg))[4:-4].mean(0)
+                energy = self.energies(train.voice(rng, who, np.full(16, letter), cfg))[4:-4].mean(0)
                 voiced = train.LETTER_TABLE[ALPHABET[letter]][4] > 0
                 rows.append((letter, train.pitch_of(who) * voiced, energy))
         self.letters, self.pitches = (np.array([row[i] for row in rows]) for i in (0, 1))

@@ -15,9 +15,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 
 import imageio.v3
@@ -61,11 +59,13 @@ def some_clip(cfg=TINY, b=2, chunks=6):
     return x, history, Controls(symbols, who, first, torch.arange(b) % 2 == 0)
 
 
-def times_of(x, cfg=TINY):
-    """A time for each chunk and branch, as one of each value, and a step size (B, S, E)."""
-    t = torch.rand(x.shape[0], x.shape[1] // cfg.chunk, 2, dtype=x.dtype).repeat_interleave(cfg.chunk, 1)
-    t = t.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values]), -1)
-    return t, (1 - t) * torch.rand_like(t[:, :1, :1])
+def some_case(model=None, chunks=6):
+    """A model and all that an evaluation takes: a time for each chunk and branch, as one of each value, and a
+    step size for each film (B, S, E)."""
+    model, (x, history, controls) = model or lively(), some_clip(chunks=chunks)
+    t = torch.rand(len(x), chunks, 2).repeat_interleave(TINY.chunk, 1)
+    t = t.repeat_interleave(torch.tensor([TINY.video_values, TINY.audio_values]), -1)
+    return model, x, t, (1 - t) * torch.rand_like(t[:, :1, :1]), controls, history
 
 
 def step_of(model, x, t, d, controls, cache):
@@ -134,8 +134,6 @@ def test_warp_is_monotone_and_shared_by_grid_and_density():
         assert torch.equal(drawn[..., 0], drawn[..., -1])  # and branch
     alike = (video[..., 0] == audio[..., 0]).float().mean()
     assert abs(alike - 0.5) < 0.02                         # half of the chunks have one time for both
-    with pytest.raises(ValueError, match="at least 1"):
-        mf.time_grid(TINY, 0)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 50])
@@ -147,12 +145,9 @@ def test_analytic_velocity_returns_the_data(steps):
         assert (x_t - mf.add_noise(data, noise, t)).abs().max() < 1e-5
 
 
-def test_the_path_and_its_velocity_agree_in_sign():
+def test_velocity_leads_from_noise_to_data():
     x, noise, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.full((2, 3, 1), 0.3)
-    x_t = mf.add_noise(x, noise, t)
-    assert torch.allclose(mf.velocity(x, x_t, t), x - noise, atol=1e-5)
-    later = x_t + mf.displacement(x, x_t, t, torch.full((2, 3, 1), 0.2))
-    assert torch.allclose(later, mf.add_noise(x, noise, t + 0.2), atol=1e-5)
+    assert torch.allclose(mf.velocity(x, mf.add_noise(x, noise, t), t), x - noise, atol=1e-5)
 
 
 # The model: who sees whom
@@ -167,8 +162,7 @@ def test_equal_instants_have_equal_phase_in_both_modalities():
 
 
 def test_weights_in_bf16_leave_the_positions_alone_and_hardly_change_the_output():
-    model, (x, history, controls) = lively(), some_clip()
-    t, d = times_of(x)
+    model, x, t, d, controls, history = some_case()
     exact, phases = model(x, t, d, controls, history), model.phases(torch.arange(3))
     rough = train.in_precision(model, "bf16").to(torch.bfloat16)(x, t, d, controls, history)
     assert rough.dtype == torch.float32 and 0 < (rough - exact).std() < 0.03 * exact.std()
@@ -191,9 +185,7 @@ def test_positions_stay_bounded_and_the_same_after_10000_chunks():
 @pytest.mark.parametrize("window", [1, 2])
 def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
     """The most important test: both modes, controls on, batch 2, sink, before and after the window rolls."""
-    model = lively(replace(TINY, window=window))
-    x, history, controls = some_clip(chunks=7)
-    t, d = times_of(x)
+    model, x, t, d, controls, history = some_case(lively(replace(TINY, window=window)), chunks=7)
     d[:1] = 0                                              # one film in multi-step mode, one in few-step mode
     whole = model(x, t, d, controls, history)
     cache, n = model.start(controls), TINY.chunk
@@ -205,50 +197,27 @@ def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
         cache.commit()
 
 
-def test_band_equals_a_dense_mask():
-    """The band that is computed beside the slow obvious way: one softmax over all rows under the mask."""
-    cfg, chunks, own, h, e = TINY, 5, 3, 2, 8
-    parts = {name: mf.Part(None, None, None, torch.zeros(n, 1)) for name, n in
-             (("video", 2 * chunks * 2), ("audio", 2 * chunks), ("first", 4))}
-    band = mf.Band(cfg.window, chunks, parts, "cpu")
-    rows = {name: torch.randn(3, 2, h, part.phases.shape[0], e) for name, part in parts.items()}
-    seen = band(0, {name: tuple(x) for name, x in rows.items()})
-    kind = {"first": [(0, -1)] * 4,
-            "video": [(k, i) for k in (1, 2) for i in range(chunks) for _ in range(2)],
-            "audio": [(k, i) for k in (1, 2) for i in range(chunks)]}
-    order = ["first", "video", "audio"]
-    q, k, v = torch.cat([rows[name] for name in order], 3)
-    meta = [m for name in order for m in kind[name]]
-    sink = [i for i, m in enumerate(meta) if m == (1, 0)]
-    k, v = torch.cat([k, mf.timeless(k[:, :, sink])], 2), torch.cat([v, v[:, :, sink]], 2)
-    columns = meta + [(3, 0)] * len(sink)
-    mask = torch.tensor([[c == (0, -1) or c == (3, 0) and r[1] > 0 or c == r
-                          or c[0] == 1 and r[1] - cfg.window <= c[1] < r[1] for c in columns] for r in meta])
-    dense = mf.attention(q, k, v, mask)
-    assert (torch.cat([seen[name] for name in order], 1) - dense).abs().max() < 1e-5
-
-
-def test_future_leaves_the_past_alone_and_history_moves_the_chunk():
-    model = lively()
-    x, history, controls = some_clip()
-    t, d = times_of(x)
+@pytest.mark.parametrize("layers", [1, 2])                 # each of which sees a window further back
+def test_future_leaves_the_past_alone_and_history_moves_the_chunk(layers):
+    model, x, t, d, controls, history = some_case(lively(replace(TINY, layers=layers)), chunks=9)
     before, n = model(x, t, d, controls, history), TINY.chunk
-    later = history.clone()
-    later[:, 3 * n:] += 1                                  # chunk 3 of the history, seen by chunks 4 and 5
-    after = model(x, t, d, controls, later)
-    assert torch.equal(before[:, :4 * n], after[:, :4 * n])
-    assert all((before - after)[:, i * n:(i + 1) * n].abs().max() > 1e-4 for i in (4, 5))
-    moved = x.clone()
-    moved[:, 2 * n:3 * n] += 1                             # a noisy chunk is seen by nobody else
-    change = (model(moved, t, d, controls, history) - before).abs().flatten(2).amax((0, 2))
-    assert (change.view(-1, n)[2] > 1e-4).all() and change.view(-1, n)[[0, 1, 3, 4, 5]].max() == 0
+
+    def chunks_changed(x, controls, history):
+        change = (model(x, t, d, controls, history) - before).unflatten(1, (9, n))
+        return change.abs().amax((0, 2, 3)).nonzero().flatten().tolist()
+
+    for at, seen_by in ((3, range(4, 4 + TINY.window * layers)), (0, range(1, 9))):    # chunk 0 is the sink
+        later, moved = history.clone(), x.clone()
+        for clip in (later, moved):
+            clip[:, at * n:at * n + n] += 1
+        assert chunks_changed(x, controls, later) == list(seen_by)
+        assert chunks_changed(moved, controls, history) == [at]        # a noisy chunk is seen by nobody else
+    assert chunks_changed(x, controls._replace(first=-controls.first), history) == list(range(9))
 
 
 @pytest.mark.parametrize("moved", [0, 1])
 def test_each_modality_moves_the_other_within_a_chunk(moved):
-    model = lively()
-    x, history, controls = some_clip(chunks=2)
-    t, d = times_of(x)
+    model, x, t, d, controls, history = some_case(chunks=2)
     other = x.clone()
     mf.cut_branches(TINY, other)[moved].add_(1)
     change = model(other, t, d, controls, history) - model(x, t, d, controls, history)
@@ -257,9 +226,7 @@ def test_each_modality_moves_the_other_within_a_chunk(moved):
 
 @pytest.mark.parametrize("control", ["symbols", "character", "first"])
 def test_each_control_matters_and_can_be_dropped(control):
-    model = lively()
-    x, history, controls = some_clip(chunks=2)
-    t, d = times_of(x)
+    model, x, t, d, controls, history = some_case(chunks=2)
     other = controls._replace(**{control: controls.symbols.flip(1) if control == "symbols" else
                                  (controls.character + 1) % 9 if control == "character" else -controls.first})
     change = (model(x, t, d, other, history) - model(x, t, d, controls, history)).abs().amax((1, 2))
@@ -269,9 +236,7 @@ def test_each_control_matters_and_can_be_dropped(control):
 
 
 def test_a_chunk_reads_the_transcript_up_to_four_frames_past_its_end():
-    model = lively()
-    x, history, controls = some_clip()
-    t, d = times_of(x)
+    model, x, t, d, controls, history = some_case()
     before = model(x, t, d, controls, history)
     symbols = controls.symbols.clone()
     at = 3 * TINY.chunk_frames + 2 * TINY.margin           # the first symbol that chunk 2 must not see
@@ -282,9 +247,7 @@ def test_a_chunk_reads_the_transcript_up_to_four_frames_past_its_end():
 
 
 def test_bidirectional_chunk_sees_the_whole_clip():
-    model = lively()
-    x, _, controls = some_clip()
-    t, d = times_of(x)
+    model, x, t, d, controls, _ = some_case()
     other = x.clone()
     other[:, -1] += 1
     whole = [model(z, t, d, controls, None, x.shape[1]) for z in (x, other)]
@@ -295,10 +258,11 @@ def test_bidirectional_chunk_sees_the_whole_clip():
 
 # The cache and the sampler
 
-def filled_cache(model, controls, chunks):
-    cache, n = model.start(controls), TINY.chunk
-    for i in range(chunks):
-        x = torch.randn(len(controls.character), n, TINY.step_values)
+def filled_cache(model, controls, chunks, cache=None):
+    """A cache after so many chunks: a new one, or one that has seen fewer."""
+    cache = cache or model.start(controls)
+    for i in range(cache.count, chunks):
+        x = torch.randn(len(controls.character), TINY.chunk, TINY.step_values)
         step_of(model, x, 1.0, 0.0, controls.chunk(TINY, i), cache)
         cache.commit()
     return cache
@@ -327,9 +291,7 @@ def test_sink_survives_evictions_and_is_the_first_chunk():
     first_chunk = cache.k[:, :, :, cache.sink.stop:cache.sink.stop + cache.desk]
     kept = cache.k[:, :, :, sink].clone(), cache.v[:, :, :, sink].clone()
     assert torch.equal(kept[0][:, :, :, TINY.video_tokens:], mf.timeless(first_chunk))
-    for i in range(1, 12):
-        step_of(model, torch.randn(2, 2, TINY.step_values), 1.0, 0.0, controls.chunk(TINY, i), cache)
-        cache.commit()
+    filled_cache(model, controls, 12, cache)
     assert torch.equal(cache.k[:, :, :, sink], kept[0]) and torch.equal(cache.v[:, :, :, sink], kept[1])
     assert kept[0].abs().max() > 0
 
@@ -342,10 +304,8 @@ def test_stream_is_exact_in_length_and_equals_one_shot():
     assert len(pieces[0][1]) == TINY.chunk_frames * TINY.sample_rate // 16 - TINY.hop
     controls = mf.film_controls(TINY, 6, "hi you", "ada")
     noise = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        chunks = mf.generate(model, controls, 6, mf.time_grid(TINY, 4), generator=noise)
-        z = torch.cat([states[-1] for states in chunks], 1)
-    video, audio = mf.split(TINY, z)
+    chunks = mf.generate(model, controls, 6, mf.time_grid(TINY, 4), generator=noise)
+    video, audio = mf.split(TINY, torch.cat([states[-1] for states in chunks], 1))
     assert np.array_equal(VideoCodec(TINY).decode(video)[0, :len(frames)].numpy(), frames)
     whole = AudioCodec(TINY).decode(audio.reshape(1, -1, TINY.hop))[0, :len(samples)].numpy()
     assert np.abs(whole - samples).max() <= 1e-5 * np.abs(whole).max()
@@ -354,10 +314,10 @@ def test_stream_is_exact_in_length_and_equals_one_shot():
 def test_guidance_of_one_is_none_and_more_changes_the_film():
     model = lively()
     films = []
-    for guidance in (1.0, 1.0, 3.0):
+    for guidance in (1.0, 1 + 1e-6, 3.0):                  # just above 1 the second cache is at work
         pieces = mf.stream(model, seconds=0.75, transcript="abc", guidance=guidance, mode="multi")
-        films.append(np.concatenate([frames for frames, _ in pieces]))
-    assert np.array_equal(films[0], films[1]) and not np.array_equal(films[0], films[2])
+        films.append(np.concatenate([frames for frames, _ in pieces]).astype(int))
+    assert abs(films[1] - films[0]).max() <= 1 < abs(films[2] - films[0]).max()
 
 
 def test_stream_refuses_what_it_cannot_do():
@@ -390,9 +350,7 @@ def stage2():
 
 
 def test_after_stage_2_any_step_size_is_plain_euler_bit_for_bit():
-    model = stage2()
-    x, history, controls = some_clip()
-    t, d = times_of(x)
+    model, x, t, d, controls, history = some_case(stage2())
     with torch.no_grad():
         assert torch.equal(model(x, t, d, controls, history), model(x, t, 0 * d, controls, history))
         for branch in (model.video, model.audio):
@@ -454,14 +412,14 @@ def test_rollouts_carry_their_errors_on(monkeypatch):
     assert wrong.abs().max() > 1e-3 and torch.allclose(begun[2], real[2] + wrong)
 
 
-class Analytic(torch.nn.Module):
+class Analytic:
     """A stand-in net whose clean prediction is a given function of (x_t, t, d)."""
+    cfg = TINY
 
-    def __init__(self, function, cfg=TINY):
-        super().__init__()
-        self.cfg, self.function = cfg, function
+    def __init__(self, function):
+        self.function = function
 
-    def forward(self, x_t, t, d, controls, history=None, chunk=None, branches=None):
+    def __call__(self, x_t, t, d, *_):
         return self.function(x_t, t, d)
 
 
@@ -502,10 +460,8 @@ def dmd_gradient(mean_real, mean_fake):
     x, _, controls = some_clip()
     shift = torch.zeros((), requires_grad=True)
     net = Analytic(lambda x_t, t, d: x + shift)            # its films are x + shift, whatever the noise
-    with torch.no_grad():
-        states = mf.denoise(lambda x_t, k: x + shift, torch.randn_like(x), mf.time_grid(TINY, 1))
-    loss, _ = mf.dmd_loss(net, states, x, controls, real=score(mean_real), fake=score(mean_fake),
-                          times=mf.time_grid(TINY, 1), made=torch.ones(x.shape[1], dtype=torch.bool))
+    loss, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, times=mf.time_grid(TINY, 1),
+                          made=torch.ones(x.shape[1]).bool(), real=score(mean_real), fake=score(mean_fake))
     loss.backward()
     return float(shift.grad)
 
@@ -517,9 +473,8 @@ def test_dmd_gradient_has_the_right_sign_and_a_zero():
 
 
 def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
-    args = train.build_parser().parse_args(["--stage", "mutual", "--batch", "3", "--seconds", "1.5"])
+    args = train.build_parser().parse_args([*TRAIN, "--stage", "mutual", "--seconds", "1.5"])
     train.check(args, Config())
-    args.fp32, args.device = True, "cpu"
     x, _, controls = some_clip(b=3)
     for moving in (0, 1):
         state = train.State(stage2(), "mutual", args)
@@ -543,9 +498,8 @@ def test_one_batch_can_be_overfitted():
 
 def test_unimodal_training_leaves_the_other_branch_alone():
     for branch, other in (("video", "audio"), ("audio", "video")):
-        model = lively()
+        model, x, _, _, controls, history = some_case()
         before = copy.deepcopy(model.state_dict())
-        x, history, controls = some_clip()
         descend(model, 1e-2, 1,
                 lambda: mf.flow_matching_loss(model, x, history, controls, branches=(branch,)))
         changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
@@ -556,7 +510,7 @@ def test_unimodal_training_leaves_the_other_branch_alone():
 # Training runs
 
 TRAIN = ["--config", "width=32", "layers=1", "heads=1", "chunk=2", "--batch", "3", "--seconds", "0.75", "1",
-         "--save", "2", "--fp32", "--device", "cpu"]
+         "--save", "2", "--precision", "fp32", "--device", "cpu"]
 
 
 def ended(script, arguments):
@@ -571,8 +525,13 @@ def run_training(out, *more):
     return ended(train, [*TRAIN, "--out", out, *more])
 
 
-def weights(path):
-    return mf.load_file(path)["weights"]
+def run_sampling(checkpoint, *more):
+    return ended(sample, ["--checkpoint", checkpoint, "--device", "cpu", *more])
+
+
+def complaints(capsys):
+    """The lines on standard error that say what is wrong: "train.py: ..."."""
+    return [line for line in capsys.readouterr().err.splitlines() if re.match(r"\w+(\.py)?: ", line)]
 
 
 @pytest.mark.parametrize("stage", list(train.STAGES))
@@ -588,9 +547,36 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_step", interrupted)
     assert run_training(tmp_path / "cut", "--stage", stage, "--steps", 4, "--save", 99) == 130
     assert f"--resume --out {tmp_path / 'cut'}" in capsys.readouterr().err
-    monkeypatch.setattr(train, "train_step", step)
     assert run_training(tmp_path / "cut", "--stage", stage, "--steps", 4, "--resume") == 0
     assert same_state(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("branch", mf.BRANCHES)
+def test_a_frozen_branch_stays_while_the_other_learns(branch, tmp_path):
+    assert run_training(tmp_path, "--stage", "joint", "--steps", 2) == 0
+    assert run_training(tmp_path, "--stage", "mutual", "--steps", 2, "--lr", "1e-2", "--freeze", branch,
+                        "--init", tmp_path / "joint.pt") == 0
+    before, after = (mf.load_file(tmp_path / f"{stage}.pt")["weights"] for stage in ("joint", "mutual"))
+    moved = {train.branch_of(name) for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {*mf.BRANCHES} - {branch}
+
+
+@pytest.mark.parametrize("faster, other", [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_run_takes_the_precision_that_is_faster_here_and_keeps_it(faster, other, tmp_path, monkeypatch):
+    words = [*TRAIN[:TRAIN.index("--precision")], "--device", "cpu", "--stage", "mutual", "--steps", 1]
+    words, dtypes = [*words, "--out", tmp_path], set()
+
+    class Seen(train.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            dtypes.update(x.dtype for x in args if torch.is_tensor(x))
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(train, "faster_precision", lambda device: faster)
+    with Seen():
+        assert ended(train, words) == 0
+    assert (torch.bfloat16 in dtypes) == (faster == "bf16")            # Muon's products too
+    monkeypatch.setattr(train, "faster_precision", lambda device: other)
+    assert ended(train, [*words, "--resume"]) == 0
 
 
 def same_state(one, two):
@@ -604,7 +590,7 @@ def same_state(one, two):
 def test_coupling_loads_both_branches(tmp_path):
     assert run_training(tmp_path, "--stage", "video", "--steps", 2) == 0
     assert run_training(tmp_path, "--stage", "audio", "--steps", 2, "--init", tmp_path / "video.pt") == 0
-    video, both = weights(tmp_path / "video.pt"), weights(tmp_path / "audio.pt")
+    video, both = (mf.load_file(tmp_path / name)["weights"] for name in ("video.pt", "audio.pt"))
     assert all(torch.equal(video[k], both[k]) for k in both if k.startswith("video"))
     assert any(not torch.equal(video[k], both[k]) for k in both if k.startswith("audio"))
 
@@ -630,19 +616,17 @@ def test_a_tiny_stage_3_makes_the_4_step_error_smaller():
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
-    flow = train.flow_matching_loss
-    calls = []
+    flow, factors = train.flow_matching_loss, iter([1, 1, 1, math.nan])
 
     def broken(*args, **kw):
-        calls.append(1)
         loss, logs = flow(*args, **kw)
-        return (loss * float("nan") if len(calls) == 4 else loss), logs
+        return loss * next(factors), logs
 
     monkeypatch.setattr(train, "flow_matching_loss", broken)
     assert run_training(tmp_path, "--stage", "joint", "--steps", 6) == 2
-    message = capsys.readouterr().err.strip().splitlines()[-1]
+    message, = complaints(capsys)
     assert "not finite at step 3" in message and "joint.pt" in message
-    assert all(v.isfinite().all() for v in weights(tmp_path / "joint.pt").values())
+    mf.load_checkpoint(tmp_path / "joint.pt")              # refuses what is not finite
 
 
 def test_training_refuses_bad_input(tmp_path, capsys):
@@ -650,9 +634,7 @@ def test_training_refuses_bad_input(tmp_path, capsys):
                   ["--steps", "0"], ["--config", "width=30"], ["--seed", "-1"], ["--tables", "README.md"],
                   ["--reproduce"], ["--stage", "mutual", "--flow", "0", "--shortcut", "0", "--dmd", "0"],
                   ["--stage", "mutual", "--batch", "4", "--accumulate", "2"]):        # no equal parts
-        assert run_training(tmp_path, *wrong) == 2
-        message = capsys.readouterr().err.splitlines()
-        assert len([line for line in message if line.startswith("train.py:")]) == 1
+        assert run_training(tmp_path, *wrong) == 2 and len(complaints(capsys)) == 1
 
 
 # Many processes and many passes
@@ -661,6 +643,12 @@ DIVIDED = """
 import os, signal, sys, torch, train
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
+class Lively(train.AudioVideoTransformer):                 # nothing hides behind a gate that begins at zero
+    def __init__(self, cfg):
+        super().__init__(cfg)
+        for weight in self.parameters():
+            weight.data += 0.15 * torch.randn_like(weight)
+train.AudioVideoTransformer = Lively
 step = train.train_step
 def kept(state, args):
     figures = step(state, args)
@@ -668,7 +656,7 @@ def kept(state, args):
         model = state.model
         weights = train.get_model_state_dict(model, options=train.WHOLE) if args.shard else model.state_dict()
         torch.save(weights, args.out / f"weights{train.process()[0]}.pt")
-    if train.process()[0] == train.process()[1] - 1 and state.step == {"cut": 10, "die": 11}.get(what):
+    if train.process()[0] == train.process()[1] - 1 and state.step == {"cut": 3, "die": 4}.get(what):
         signal.raise_signal(signal.SIGTERM if what == "cut" else signal.SIGKILL)   # one process alone
     return figures
 train.train_step = kept
@@ -683,14 +671,12 @@ for job in sys.argv[2].split():
 
 
 def test_processes_and_passes_make_the_same_run(tmp_path):
-    """20 steps of every stage and objective in float64: alone, by two processes, in two passes; begun alone
-    and ended by two that share the weights too, and the reverse: there Muon's inner bf16 sums in another
-    order. And one of two processes is killed."""
+    """Six steps of every stage and objective in float64: alone, by two processes, in two passes; begun
+    alone and ended by two that share the weights too, and the reverse. And one of two is killed."""
     script = tmp_path / "divided.py"
     script.write_text(DIVIDED)
-    sizes = {"width": 32, "layers": 1, "heads": 1, "chunk": 2, "image": 32}
-    words = [*TRAIN, "--batch", "6", "--seconds", "0.75", "--steps", "20", "--save", "10", "--config",
-             *(f"{name}={size}" for name, size in sizes.items())]
+    words = [*TRAIN, "--batch", "6", "--seconds", "0.75", "--steps", "6", "--save", "3", "--lr", "1e-3",
+             "--config", "width=32", "layers=1", "heads=1", "chunk=2", "image=32"]
     spread = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
     def work(folder, jobs, *more, start=()):
@@ -703,8 +689,8 @@ def test_processes_and_passes_make_the_same_run(tmp_path):
     def made(folder, stage, rank=0):
         return torch.load(tmp_path / folder / stage / f"weights{rank}.pt")
 
-    stages, alike = list(train.STAGES), partial(torch.allclose, rtol=0)
-    every = [*stages, "mutual-flow", "mutual-shortcut", "mutual-dmd"]
+    every = [*train.STAGES, "mutual-flow", "mutual-shortcut", "mutual-dmd"]
+
     def in_shards():
         work("shards", "joint:cut")
         work("shards", "joint:resume mutual:cut", "--shard", start=spread)
@@ -717,22 +703,20 @@ def test_processes_and_passes_make_the_same_run(tmp_path):
                 pool.submit(work, "dead", "video:die", start=spread)]
     *_, said = [run.result() for run in runs]
     assert f"go on with --resume --out {tmp_path / 'dead' / 'video'}" in said
-    assert mf.load_file(tmp_path / "dead" / "video" / "resume.pt")["step"] == 10
+    assert mf.load_file(tmp_path / "dead" / "video" / "resume.pt")["step"] == 3
     for stage in every:
         one, two, other = made("one", stage), made("two", stage), made("two", stage, 1)
-        passes = made("passes" if stage in ("joint", "mutual") else "one", stage)
-        start = AudioVideoTransformer(Config(**sizes)).state_dict()
-        for name in one:
-            assert torch.equal(two[name], other[name]) and alike(one[name], two[name], atol=1e-5)
-            assert alike(one[name], passes[name], atol=1e-5)
-        assert any((one[name] - start[name]).abs().max() > 1e-3 for name in one)
-        lines = [(tmp_path / name / stage / "log.jsonl").read_text().count("\n")
-                 for name in ("one", "two")]
-        assert lines[0] == lines[1]                        # the first process alone writes
-        if stage in ("joint", "mutual"):
-            shards = made("shards", stage)
-            assert all(alike(one[name], shards[name], atol=1e-4) for name in one)
-            assert mf.load_checkpoint(tmp_path / "shards" / stage / f"{stage}.pt")[1]["step"] == 20
+        assert all(torch.equal(two[name], other[name]) for name in two)
+        whole = stage in ("joint", "mutual")
+        for divided in (two, *(made(folder, stage) for folder in ("passes", "shards") if whole)):
+            assert all(torch.allclose(one[name], divided[name], rtol=0, atol=1e-5) for name in one)
+        slow = mf.load_file(tmp_path / "one" / stage / "resume.pt")["ema"]
+        for branch in mf.BRANCHES if stage not in mf.BRANCHES else (stage,):       # each has moved, by more
+            assert (one[f"{branch}.embed.weight"] - slow[f"{branch}.embed.weight"]).abs().max() > 1e-4
+        logs = [(tmp_path / name / stage / "log.jsonl").read_text() for name in ("one", "two")]
+        assert logs[0].count("\n") == logs[1].count("\n")  # the first process alone writes
+        if whole:
+            assert mf.load_checkpoint(tmp_path / "shards" / stage / f"{stage}.pt")[1]["step"] == 6
 
 
 # The clip folder
@@ -818,15 +802,14 @@ def test_a_folder_of_clips_trains_every_stage(tmp_path, capsys):
     assert np.array_equal(film.symbols, clips[0].symbols[start:start + 24])
     assert run_training(tmp_path / "run", "--data", folder / "deep", "--stage", "joint", "--steps", 1) == 2
     imageio.v3.imwrite(tmp_path / "face.png", clips[0].frames[0])
-    assert ended(sample, ["--checkpoint", tmp_path / "run" / "mutual.pt", "--seconds", "1", "--first-frame",
-                          tmp_path / "face.png", "--out", tmp_path / "film.mp4"]) == 0
+    assert run_sampling(tmp_path / "run" / "mutual.pt", "--seconds", "1", "--first-frame",
+                        tmp_path / "face.png", "--out", tmp_path / "film.mp4") == 0
     film_file(folder / "long.mp4", seconds=6)
     capsys.readouterr()
     assert sample.main(["--evaluate", str(tmp_path / "run" / "mutual.pt"), "--data", str(folder), "--seconds",
                         "5", "--talkers", "2", "--mode", "few", "--json"]) == 0
     row = json.loads(capsys.readouterr().out)["rows"][2]
     assert row["sync"] == [None] and row["identity_drift"][0] > 0 and row["frechet_video"][0] > 0
-    capsys.readouterr()
     assert run_training(tmp_path / "run", "--data", folder, "--stage", "mutual", "--steps", 1,
                         "--resume") == 2
     assert "started with other clips" in capsys.readouterr().err       # one more came, "long"
@@ -854,11 +837,9 @@ class Evil:
         return (Path.touch, (Path("owned"),))
 
 
-def test_bad_checkpoints_end_in_one_clear_line(tmp_path, monkeypatch):
+def test_bad_checkpoints_end_in_one_clear_line(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    path, model = tmp_path / "a.pt", lively()
-    mf.save_checkpoint(path, model)
-    content = mf.load_file(path)
+    content = mf.load_file(small_checkpoint)
     for name, data in {"empty": b"", "foreign": b"hello" * 100}.items():
         (tmp_path / name).write_bytes(data)
     mf.save_file(tmp_path / "evil", {"format": mf.FORMAT, "config": Evil()})
@@ -908,13 +889,11 @@ def damage(rng, path, good):
 
 
 @pytest.mark.parametrize("seed", range(300 if WHOLE else 20))
-def test_fuzz_checkpoints(seed, tmp_path):
+def test_fuzz_checkpoints(seed, small_checkpoint, tmp_path):
     """Any damage ends in one clear line, or in a model where one is still possible."""
-    rng, good, path = np.random.default_rng(seed), tmp_path / "good.pt", tmp_path / "bad.pt"
-    mf.save_checkpoint(good, lively())
-    broken = damage(rng, path, good)
+    broken = damage(np.random.default_rng(seed), tmp_path / "bad.pt", small_checkpoint)
     try:
-        mf.load_checkpoint(path)
+        mf.load_checkpoint(tmp_path / "bad.pt")
     except mf.CheckpointError as error:
         assert "\n" not in str(error)
     else:
@@ -935,7 +914,7 @@ def test_fuzz_resume(seed, tmp_path, half_run, capsys):
         tree[key] = odd[rng.integers(len(odd))]
     mf.save_file(tmp_path / "resume.pt", content)
     code = run_training(tmp_path, "--stage", "mutual", "--steps", 4, "--resume")
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: ")]
+    said = complaints(capsys)
     assert code == 0 or code == 2 and len(said) == 1, (key, code, said)
 
 
@@ -956,7 +935,8 @@ TRAIN_WORDS = {
     "--config": ["width=30", "depth=2", "image=32", "symbols=3", "chunk=0", "clock=9", "fps=7",
                  "width=99984"],
     "--data": ["missing", "text.pt", "."], "--accumulate": ["2", "0"], "--shard": [""], "--flow": ["0", "x"],
-    "--log-every": ["1", "0"], "--tables": ["text.pt", "missing.json"], "--preset": ["huge"]}
+    "--freeze": ["video", "none"], "--precision": ["bf16", "x"], "--log-every": ["1", "0"],
+    "--tables": ["text.pt", "missing.json"], "--preset": ["huge"]}
 SAMPLE_WORDS = {
     "--say": ["hello", "''", "123", "h\u00e9llo!"], "--character": ["ada", "nobody"], "--json": [""],
     "--mode": ["few", "multi", "all"], "--first-frame": ["missing.png", "text.pt", "face.png"],
@@ -984,14 +964,14 @@ def test_fuzz_arguments(script, seed, small_checkpoint, tmp_path, monkeypatch, c
     signal.alarm(60)                                       # never a hang: the alarm would end us all
     code = ended(script, arguments)
     signal.alarm(0)
-    errors = [line for line in capsys.readouterr().err.splitlines() if re.match(r"\w+(\.py)?: ", line)]
-    assert code == 0 or code == 2 and len(errors) == 1, (arguments, code, errors)
+    said = complaints(capsys)
+    assert code == 0 or code == 2 and len(said) == 1, (arguments, code, said)
     assert not list(tmp_path.rglob("*.unfinished")) and not list(tmp_path.glob(".film-*"))
 
 
 def test_a_run_killed_at_any_moment_ends_in_the_same_weights(tmp_path):
     """SIGKILL, resume, and again: the same weights bit for bit, never half a file under a final name."""
-    steps, kills = (150, 20) if WHOLE else (24, 3)
+    steps, kills = (150, 20) if WHOLE else (16, 2)
     command = ["env", "OMP_NUM_THREADS=1", sys.executable, HERE / "train.py", *TRAIN, "--stage", "mutual",
                "--steps", str(steps), "--log-every", "1", "--save", "3"]
     calm = subprocess.Popen([*command, "--out", tmp_path / "calm"], stderr=subprocess.DEVNULL)
@@ -1077,13 +1057,14 @@ def test_soak():
 
 @pytest.fixture(scope="module")
 def world():
+    """The ruler, films of ground truth, others as the distances' reference, and the films' scores."""
     cfg = Config()
-    return cfg, sample.Ruler(cfg), [sample.to_films(sample.held_out(cfg, 6, 6, kind), cfg) for kind in (0, 1)]
+    films, reference = (sample.to_films(sample.held_out(cfg, 6, 6, kind), cfg) for kind in (0, 1))
+    return (ruler := sample.Ruler(cfg)), films, reference, sample.score(ruler, films, reference)
 
 
 def test_the_ruler_knows_truth_from_shuffled_sound(world):
-    cfg, ruler, (films, reference) = world
-    truth = sample.score(ruler, films, reference)
+    ruler, films, reference, truth = world
     shuffled = sample.score(ruler, films._replace(samples=np.roll(films.samples, 1, 0)), reference)
     assert truth["transcript_error"][0] <= 0.01 and shuffled["transcript_error"][0] > 0.8
     assert truth["lip"][0] > 0.97 and truth["sync"][0] > 0.95 and abs(shuffled["sync"][0]) < 0.3
@@ -1092,12 +1073,10 @@ def test_the_ruler_knows_truth_from_shuffled_sound(world):
 
 
 def test_the_ruler_sees_what_is_wrong(world):
-    cfg, ruler, (films, reference) = world
-    truth = sample.score(ruler, films, reference)
+    ruler, films, reference, truth = world
     late = sample.score(ruler, films._replace(samples=np.roll(films.samples, 1000, 1)), reference)
     assert abs(late["sync_lag_ms"][0] - 125) < 15          # 1000 samples at 8 kHz
-    frozen = films.frames.copy()
-    frozen[:] = films.frames[:, :1]
+    frozen = films.frames[:, :1].repeat(films.frames.shape[1], 1)
     assert sample.score(ruler, films._replace(frames=frozen), reference)["motion"][0] == 0
     light = np.linspace(1, 0.5, films.frames.shape[1])[None, :, None, None, None]
     faded = films._replace(frames=(films.frames * light).astype(np.uint8))
@@ -1127,7 +1106,6 @@ def test_mp4_keeps_length_and_sync(tmp_path):
     assert len(bright) == 32 and abs(len(loud) / 48000 - 2) < 0.03
     flash, click = np.argmax(bright > 128) / 16, np.argmax(loud > 0.3) / 48000
     assert abs(flash - click) < 0.010
-    assert [p.name for p in tmp_path.iterdir()] == ["film.mp4"]
 
 
 @pytest.fixture(scope="module")
@@ -1141,10 +1119,9 @@ def small_checkpoint(tmp_path_factory):
 @pytest.mark.parametrize("ending", ["mp4", "gif", "wav", "png"])
 def test_sample_writes_each_kind_of_film(ending, small_checkpoint, tmp_path, capsys):
     out = tmp_path / f"film.{ending}"
-    code = sample.main(["--checkpoint", str(small_checkpoint), "--say", "hello", "--out", str(out), "--json",
-                        "--device", "cpu"])
+    assert run_sampling(small_checkpoint, "--say", "hello", "--out", out, "--json") == 0
     figures = json.loads(capsys.readouterr().out)
-    assert code == 0 and out.stat().st_size > 300 and [p.name for p in tmp_path.iterdir()] == [out.name]
+    assert out.stat().st_size > 300 and [p.name for p in tmp_path.iterdir()] == [out.name]
     assert {"out", "seconds", "frames", "mode", "steps", "fps", "real_time_factor", "first_chunk_ms",
             "load_s", "peak_memory_mb"} <= set(figures)
     assert figures["frames"] == figures["seconds"] * 16 == 2 + 15 + 8
@@ -1154,39 +1131,29 @@ def test_sample_refuses_bad_input(small_checkpoint, tmp_path, capsys):
     picture, kept = tmp_path / "bad.png", tmp_path / "kept.mp4"
     picture.write_bytes(b"no picture")
     kept.write_bytes(b"old film")
-    good = ["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"]
-    for wrong in (["--say", "123 !?"], ["--first-frame", str(picture)], ["--first-frame", "missing.png"],
+    for wrong in (["--say", "123 !?"], ["--first-frame", picture], ["--first-frame", "missing.png"],
                   ["--steps", "0"], ["--seconds", "-1"], ["--seconds", "0"], ["--window", "99"],
-                  ["--character", "nobody"], ["--out", str(tmp_path / "no" / "a.mp4")], ["--out", "film.avi"],
-                  ["--checkpoint", str(picture)], ["--checkpoint", "missing.pt"]):
-        assert ended(sample, [*good, *wrong]) == 2
-        message = capsys.readouterr().err.strip().splitlines()
-        assert len([line for line in message if line.startswith("sample.py:")]) == 1
+                  ["--character", "nobody"], ["--out", tmp_path / "no" / "a.mp4"], ["--out", "film.avi"],
+                  ["--checkpoint", picture], ["--checkpoint", "missing.pt"]):
+        assert run_sampling(small_checkpoint, "--out", kept, *wrong) == 2 and len(complaints(capsys)) == 1
     assert kept.read_bytes() == b"old film" and len(list(tmp_path.iterdir())) == 2
     if not torch.cuda.is_available():
-        assert sample.main([*good, "--device", "cuda"]) == 2
-
-
-@contextmanager
-def small_disk(size):
-    """No file may grow beyond so many bytes: the system itself refuses, as when a disk is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert run_sampling(small_checkpoint, "--out", kept, "--device", "cuda") == 2
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp4", "gif", "png", "pt"])
 def test_disk_full_leaves_the_old_result(kind, small_checkpoint, tmp_path, capsys):
     kept = tmp_path / f"joint.{kind}"
     kept.write_bytes(b"old one")
-    with small_disk(1000 if kind == "pt" else 300):       # the log's first line takes 400
-        code = run_training(tmp_path, "--stage", "joint", "--steps", 1) if kind == "pt" else ended(
-            sample, ["--checkpoint", small_checkpoint, "--out", kept, "--device", "cpu"])
-    said = [line for line in capsys.readouterr().err.splitlines() if re.match(r"\w+\.py: ", line)]
-    assert code == 2 and len(said) == 1 and kept.read_bytes() == b"old one"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    most = 1000 if kind == "pt" else 300                   # bytes of a file; the log's first line takes 400
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))            # the system itself refuses more
+    try:
+        code = (run_training(tmp_path, "--stage", "joint", "--steps", 1) if kind == "pt" else
+                run_sampling(small_checkpoint, "--out", kept))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2 and len(complaints(capsys)) == 1 and kept.read_bytes() == b"old one"
     assert {path.name for path in tmp_path.iterdir()} <= {kept.name, "log.jsonl"}
 
 
@@ -1202,8 +1169,7 @@ def test_interrupted_sampling_keeps_a_playable_film(kind, small_checkpoint, tmp_
     monkeypatch.setattr(sample.FilmWriter, "add", cut)
     kept = tmp_path / f"kept.{kind}"
     kept.write_bytes(b"old film")
-    good = ["--checkpoint", str(small_checkpoint), "--out", str(kept), "--device", "cpu"]
-    assert sample.main([*good, "--json"]) == 130
+    assert run_sampling(small_checkpoint, "--out", kept, "--json") == 130
     figures, cut_short = json.loads(capsys.readouterr().out), tmp_path / f"kept-interrupted.{kind}"
     assert kept.read_bytes() == b"old film" and figures["frames"] == 16
     if kind == "mp4":
@@ -1237,8 +1203,7 @@ def test_benchmarks_measure_and_say_on_what(small_checkpoint, monkeypatch, capsy
     monkeypatch.setattr(sample, "BENCHMARK", ({"seconds": 1}, {"seconds": 1, "cache": False},
                                               {"seconds": 1, "batch": 2, "steps": 2, "mode": "multi"}))
     monkeypatch.setattr(train, "fastest", lambda f, device, _, once=train.fastest: once(f, device, 1))
-    arguments = ["--benchmark", "--json", "--checkpoint", str(small_checkpoint), "--device", "cpu"]
-    assert sample.main(arguments) == 0
+    assert run_sampling(small_checkpoint, "--benchmark", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert result["machine"] and len(result["rows"]) == 3
     for row in result["rows"]:
@@ -1290,12 +1255,10 @@ def test_products_are_counted_and_timed():
     assert products.alone("cpu") > 0
 
 
-def test_training_and_evaluation_never_share_a_film():
-    cfg = Config()
-    drawn = [train.talk(cfg, np.random.default_rng([0, 2, step, 0]), 8) for step in range(6)]
-    held = sample.held_out(cfg, 3, 0.5) + sample.held_out(cfg, 3, 0.5, 1)
-    assert not any(np.array_equal(a.frames, b.frames) for a in drawn for b in held)
-    assert sample.HELD_OUT >= 10 ** 6                      # train.py refuses such seeds
+def test_training_refuses_the_seeds_of_the_evaluation():
+    for chance in sample.held_out(Config(), 2, 0.5, draw=lambda cfg, chance, frames: chance):
+        with pytest.raises(SystemExit):
+            train.build_parser().parse_args(["--seed", str(chance.bit_generator.seed_seq.entropy[0])])
 
 
 # The repository
@@ -1306,8 +1269,8 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg|self)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1240), ("sample.py", 650),
-                                          ("test_mutual_forcing.py", 1385)])
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1207), ("sample.py", 650),
+                                          ("test_mutual_forcing.py", 1337)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
@@ -1316,27 +1279,16 @@ def test_line_budget(name, budget):
             assert node.end_lineno - node.lineno + 1 <= 65, node.name
 
 
-def readme_commands():
-    text = (HERE / "README.md").read_text()
-    for block in re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S):
-        for line in block.replace("\\\n", " ").splitlines():
-            for command in line.split("&&"):
-                words = shlex.split(command, comments=True)
-                if words:
-                    yield words
-
-
 def test_readme_commands_parse_and_files_exist():
     parsers = {"train.py": train.build_parser(), "sample.py": sample.build_parser()}
-    seen = set()
-    for words in readme_commands():
-        script = next((w for w in words if w in parsers), None)
-        if script:
+    text, seen = (HERE / "README.md").read_text(), set()
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S))
+    for command in re.split(r"&&|\n", blocks.replace("\\\n", " ")):
+        words = [w for w in shlex.split(command, comments=True) if w != "$I"]     # options that its line sets
+        for script in set(words) & set(parsers):
             seen.add(script)
-            words = [w for w in words if w != "$I"]        # stands for options that its own line sets
             parsers[script].parse_args(words[words.index(script) + 1:])
     assert seen == set(parsers)
-    text = (HERE / "README.md").read_text()
     for name in re.findall(r"[\w./-]+\.(?:py|txt|png|pt|gif)\b", text):
         if not name.startswith("runs/") and "sample." not in name.replace("sample.py", ""):
             assert (HERE / name).exists(), name

@@ -1,6 +1,5 @@
 """Train Mutual Forcing on the synthetic talker or on clips: the world, the data and one flat loop (the
-method is in mutual_forcing.py). `python train.py` runs all stages; with `--preset tiny` in minutes.
-"""
+method is in mutual_forcing.py). `python train.py` runs all stages; with `--preset tiny` in minutes."""
 import signal
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
@@ -95,10 +94,9 @@ def hsv(*colour: float) -> np.ndarray:
     return np.array(colorsys.hsv_to_rgb(*colour), np.float32)
 
 
-def draw_identity(rng: np.random.Generator, character: int | None = None) -> Identity:
+def draw_identity(rng: np.random.Generator) -> Identity:
     """A random person; half are one of the named characters, who fix hair, hat, glasses, face and voice."""
-    if character is None:
-        character = int(rng.integers(len(NAMES))) if rng.random() < 0.5 else len(NAMES)
+    character = int(rng.integers(len(NAMES))) if rng.random() < 0.5 else len(NAMES)
     named = np.random.default_rng(1000 + character) if character < len(NAMES) else rng
     light = rng.random()
     skin = (1 - light) * np.array([0.58, 0.38, 0.28]) + light * np.array([0.97, 0.80, 0.68])
@@ -106,21 +104,19 @@ def draw_identity(rng: np.random.Generator, character: int | None = None) -> Ide
     return Identity(
         skin=skin.astype(np.float32), eyes=hsv(rng.random(), 0.7, 0.55),
         cloth=hsv(rng.random(), rng.uniform(0.3, 0.8), rng.uniform(0.4, 0.9)),
-        back=np.stack([back, back * rng.uniform(0.6, 0.9)]).astype(np.float32),
-        texture=rng.random(6), tilt=rng.random(),
-        hair=hsv(named.random(), named.uniform(0.2, 0.8), named.uniform(0.15, 0.75)),
+        back=np.stack([back, back * rng.uniform(0.6, 0.9)]).astype(np.float32), texture=rng.random(6),
+        tilt=rng.random(), hair=hsv(named.random(), named.uniform(0.2, 0.8), named.uniform(0.15, 0.75)),
         face_width=named.random(), fringe=named.random(), glasses=bool(named.random() < 0.3),
         hat=bool(named.random() < 0.3), character=character)
 
 
 def draw_symbols(rng: np.random.Generator, frames: int) -> np.ndarray:
     """A random transcript: a symbol per frame. Letters last 2 to 4 frames, words 2 to 6 letters."""
-    symbols, last = [SILENCE] * int(rng.integers(0, 5)), SILENCE
+    symbols, letter = [SILENCE] * int(rng.integers(0, 5)), SILENCE
     while len(symbols) < frames:
         for _ in range(rng.integers(2, 7)):
-            letter = int(rng.choice([i for i in range(26) if i != last]))    # a repeat could not be heard
+            letter = int(rng.choice([i for i in range(26) if i != letter]))  # a repeat could not be heard
             symbols += [letter] * int(rng.integers(2, 5))
-            last = letter
         symbols += [SILENCE] * int(rng.integers(2, 7))
     return np.array(symbols[:frames])
 
@@ -139,12 +135,10 @@ def mouth_of(symbols: np.ndarray) -> np.ndarray:
     return (weights[1:-1:4] + 2 * weights[2::4] + weights[3::4]) / 4 @ MOUTH
 
 
-def voice(rng: np.random.Generator, who: Identity, weights: np.ndarray, cfg: Config) -> np.ndarray:
-    """The sound of letter weights (4 F + 1, 27): float32 samples (F sample_rate / fps,) in [-1, 1].
-
-    Pitch is a multiple of sample_rate / hop, so that a steady vowel is steady in the codec's frames too.
-    """
-    hop, points = cfg.hop, weights[::2]                    # control points, hop samples apart
+def voice(rng: np.random.Generator, who: Identity, symbols: np.ndarray, cfg: Config) -> np.ndarray:
+    """The sound of symbols (F,): float32 samples (F sample_rate / fps,) in [-1, 1]. Pitch is a multiple of
+    sample_rate / hop, so that a steady vowel is steady in the codec's frames too."""
+    hop, points = cfg.hop, letter_weights(symbols)[::2]    # control points, hop samples apart
     pitch = pitch_of(who)
     harmonics = np.arange(1, int(0.95 * cfg.sample_rate / 2 / (pitch * cfg.sample_rate / hop)) + 1) * pitch
     phases = np.pi * harmonics ** 2 / harmonics[-1]        # spread out, so that peaks do not add up
@@ -156,8 +150,7 @@ def voice(rng: np.random.Generator, who: Identity, weights: np.ndarray, cfg: Con
     sound = (1 - fade) * tables[:-1] + fade * tables[1:]
     noise = rng.standard_normal((len(points), hop + 1)) + 1j * rng.standard_normal((len(points), hop + 1))
     grains = np.fft.irfft(noise * (points @ hissed), axis=1) * np.sin(np.pi * np.arange(2 * hop) / (2 * hop))
-    sound = sound + grains[:-1, hop:] + grains[1:, :hop]
-    return sound.reshape(-1).astype(np.float32)
+    return (sound + grains[:-1, hop:] + grains[1:, :hop]).reshape(-1).astype(np.float32)
 
 
 def pitch_of(who: Identity) -> int:
@@ -167,8 +160,7 @@ def pitch_of(who: Identity) -> int:
 
 def timbre(voice_hz: np.ndarray, noise_hz: np.ndarray, tilt: float) -> tuple[np.ndarray, np.ndarray]:
     """Amplitudes of each letter's harmonics (27, len(voice_hz)) and of its noise (27, len(noise_hz))."""
-    table = np.array([LETTER_TABLE[c] for c in ALPHABET])[:, 2:, None]
-    f1, f2, loud, centre, width, hiss = table.transpose(1, 0, 2)
+    f1, f2, loud, centre, width, hiss = np.array([LETTER_TABLE[c] for c in ALPHABET]).T[2:, :, None]
     peaks = np.exp(-((voice_hz - f1) / 130) ** 2) + 0.7 * np.exp(-((voice_hz - f2) / 180) ** 2)
     peaks = (peaks + 0.01) * 10 ** (-0.3 * tilt * voice_hz / 4000)
     voiced = 0.16 * loud * peaks / np.sqrt((peaks ** 2).sum(1, keepdims=True))
@@ -183,11 +175,9 @@ def blob(y: np.ndarray, x: np.ndarray, cy, cx, ry, rx) -> np.ndarray:
     return np.clip(0.5 + (1 - norm) * np.minimum(ry, rx), 0, 1).astype(np.float32)
 
 
-def paint(canvas: np.ndarray, cover: np.ndarray, colour, shade=1.0) -> None:
+def paint(canvas: np.ndarray, cover: np.ndarray, colour, shade=np.ones((1, 1), np.float32)) -> None:
     """Lay a colour (3,), times a shade, over the canvas (..., 3, h, w) where cover (..., h, w) says."""
-    colour = np.broadcast_to(np.float32(colour), 3)[:, None, None]
-    if isinstance(shade, np.ndarray):
-        colour = colour * shade[..., None, :, :]
+    colour = np.broadcast_to(np.float32(colour), 3)[:, None, None] * shade[..., None, :, :]
     canvas += cover[..., None, :, :] * (colour - canvas)
 
 
@@ -223,10 +213,7 @@ def draw_still(who: Identity, size: int) -> np.ndarray:
 
 def draw_frames(who: Identity, moves: dict[str, np.ndarray], mouth: np.ndarray, size: int) -> np.ndarray:
     """The film of a talker whose mouth (F, 2) has an opening and a width a frame: uint8 (F, size, size, 3).
-
-    Drawn in units of 1/64 of the picture, back to front; moving parts are painted in the box that they can
-    reach.
-    """
+    Drawn in 1/64ths of the picture, back to front; what moves is painted in the box that it can reach."""
     film = np.repeat(draw_still(who, size)[None], len(mouth), 0)
     unit = 64 / size
     grid_y, grid_x = np.mgrid[:size, :size].astype(np.float32) * unit
@@ -281,15 +268,12 @@ class Film(NamedTuple):
     character: int
 
 
-def talk(cfg: Config, rng: np.random.Generator, frames: int, who: Identity | None = None,
-         symbols: np.ndarray | None = None) -> Film:
+def talk(cfg: Config, rng: np.random.Generator, frames: int) -> Film:
     """One film of the synthetic talker, from its very beginning; the same state makes the same film."""
-    who = who or draw_identity(rng)
-    symbols = draw_symbols(rng, frames + cfg.margin) if symbols is None else symbols
+    who, symbols = draw_identity(rng), draw_symbols(rng, frames + cfg.margin)
     film = draw_frames(who, draw_moves(rng, frames, cfg.fps), mouth_of(symbols[:frames]), cfg.image)
-    weights = letter_weights(symbols[:frames])
-    before = np.full(cfg.margin, SILENCE)
-    return Film(film, voice(rng, who, weights, cfg), np.concatenate([before, symbols]), who.character)
+    samples = voice(rng, who, symbols[:frames], cfg)
+    return Film(film, samples, np.pad(symbols, (cfg.margin, 0), constant_values=SILENCE), who.character)
 
 
 # ---- The clip folder: ordinary films and sounds, brought to the model's frame rate, size and sample rate. --
@@ -328,8 +312,7 @@ def decode_clip(path: Path, cfg: Config) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_subtitles(path: Path, cfg: Config, frames: int) -> np.ndarray:
-    """The transcript beside a clip (.srt or .vtt), letters spread over their interval -> symbols (F,), which
-    are unknown if no letter is found."""
+    """A clip's subtitles, letters spread over their interval -> symbols (F,), unknown without a letter."""
     symbols, data = np.full(frames, SILENCE), path.read_bytes()
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", "replace")
     lines = (line.strip() + "\n" for line in text.splitlines())
@@ -382,9 +365,8 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
 
 def fingerprint(clips: list[Film]) -> str:
     """Tells one set of clips from another: a run goes on only with its own."""
-    parts = (np.ascontiguousarray(part) for clip in clips for part in clip[:3])
     known = hashlib.sha256()
-    for part in parts:
+    for part in (part for clip in clips for part in clip[:3]):
         known.update(repr(part.shape).encode() + part.tobytes())
     return known.hexdigest()
 
@@ -413,22 +395,11 @@ def drawer(clips: list[Film] | None, stage: str):
 
 def encode_films(cfg: Config, films: list[Film]) -> tuple[torch.Tensor, Controls]:
     """Films of equal length -> latents (B, S, E), and their controls, none of them dropped."""
-    frames = torch.from_numpy(np.stack([film.frames for film in films]))
-    sound = AudioCodec(cfg).encode(torch.from_numpy(np.stack([film.samples for film in films])))
-    video = VideoCodec(cfg).encode(frames)
+    frames, samples, symbols, character = (torch.from_numpy(np.stack(part)) for part in zip(*films))
+    codec = VideoCodec(cfg)
     still = frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1)      # the first frame fills one latent step
-    return join(video, sound), Controls(
-        torch.from_numpy(np.stack([film.symbols for film in films])),
-        torch.tensor([film.character for film in films]),
-        VideoCodec(cfg).encode(still), torch.ones(len(films), dtype=torch.bool))
-
-
-def drop_controls(cfg: Config, controls: Controls, chance: np.ndarray, babble: float) -> Controls:
-    """Each control of each film is unknown if its chance (3, B) says so: guidance and babbling need that."""
-    keep = torch.from_numpy(chance >= np.array([[babble], [0.3], [0.5]]))
-    null = controls.dropped(cfg)
-    return Controls(torch.where(keep[0, :, None], controls.symbols, null.symbols),
-                    torch.where(keep[1], controls.character, null.character), controls.first, keep[2])
+    controls = Controls(symbols, character, codec.encode(still), torch.ones(len(films), dtype=torch.bool))
+    return join(codec.encode(frames), AudioCodec(cfg).encode(samples)), controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
@@ -436,13 +407,18 @@ def frames_of(cfg: Config, seconds: float) -> int:
     return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
 
 
-def film_batch(cfg: Config, draw, seed: int, stage: int, step: int, rows: range, seconds: float, babble=0.45):
-    """Rows of the batch of a training step, a function of its arguments alone: a run can be resumed anywhere,
-    and divided among processes and passes. babble: the share of them without words."""
-    frames = frames_of(cfg, seconds)
+def film_batch(model, draw, seed: int, stage: int, step: int, rows: range, seconds: float, babble=0.45):
+    """Rows of the batch of a training step, on the model's device: a function of its sizes and of the other
+    arguments, so that a run can be resumed anywhere, and divided among processes and passes. Controls are
+    dropped by chance, as guidance and babbling need; babble: the share of films without words."""
+    cfg, like = model.cfg, model.no_first
     chances = [np.random.default_rng([seed, stage, step, row]) for row in rows]
-    x, controls = encode_films(cfg, [draw(cfg, rng, frames) for rng in chances])
-    return x, drop_controls(cfg, controls, np.stack([rng.random(3) for rng in chances], 1), babble)
+    x, controls = encode_films(cfg, [draw(cfg, rng, frames_of(cfg, seconds)) for rng in chances])
+    chance, null = np.stack([rng.random(3) for rng in chances], 1), controls.dropped(cfg)
+    words, who, first = torch.from_numpy(chance >= np.array([[babble], [0.3], [0.5]]))     # what is kept
+    controls = Controls(torch.where(words[:, None], controls.symbols, null.symbols),
+                        torch.where(who, controls.character, null.character), controls.first, first)
+    return x.to(like.device, like.dtype), controls.each(lambda c: c.to(like.device))
 
 
 # ---- Many processes (torchrun) and many passes: each takes its part; gradients are averaged. ---------------
@@ -473,14 +449,12 @@ class Share(TorchFunctionMode):
 
 
 def average_gradients(weights: list[torch.Tensor]) -> None:
-    """Give all processes the mean of their gradients, the same bits to each. (Sharded ones are averaged as
-    they are divided.)"""
+    """Give all processes the same mean, bit for bit, of their gradients (FSDP2 averages those it divides)."""
     gradients = [weight.grad for weight in weights if type(weight.grad) is torch.Tensor]
     if process()[1] > 1 and gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients]) / process()[1]
+        flat = torch.nn.utils.parameters_to_vector(gradients) / process()[1]
         dist.all_reduce(flat)
-        for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(mean.view_as(gradient))
+        torch.nn.utils.vector_to_parameters(flat, gradients)
 
 
 def shard(net: AudioVideoTransformer, device: str) -> None:
@@ -489,11 +463,10 @@ def shard(net: AudioVideoTransformer, device: str) -> None:
         return
     warnings.filterwarnings("ignore", "FSDP2-wrapped")     # of views changed in place: none is here
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
-    sides = [*net.video.sides, *net.audio.sides]
-    verbs = {side: ("modulate", "project", "finish") for side in sides}        # what is called from outside
+    verbs = dict.fromkeys([*net.video.sides, *net.audio.sides], ("modulate", "project", "finish"))
     for module, names in (verbs | {net: ("modulate", "script", "start", "step")}).items():
         fully_shard(module, mesh=mesh)
-        for name in names:
+        for name in names:                                 # what is called from outside
             register_fsdp_forward_method(module, name)
 
 
@@ -552,10 +525,9 @@ def check_device(name: str) -> None:
 
 
 def optimizers_of(net: AudioVideoTransformer, pace: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the blocks and AdamW for all else (our choice; the paper has AdamW alone):
-    1 to 3 % less loss after 200 steps on the same data, for 8 % more time. What only the sound's few-step
-    mode uses learns 20 times as fast: it begins at zero, and disturbs nothing else (the picture's did harm at
-    that pace). pace: times the rate."""
+    """Muon for the blocks' matrices and AdamW for all else (our choice; the paper has AdamW alone): 1 to 3 %
+    less loss after 200 steps, for 8 % more time. What only the sound's few-step mode uses learns 20 times as
+    fast: it begins at zero, and disturbs nothing else (the picture's did harm then). pace: times the rate."""
     sizes = [*net.audio.step.size.parameters()]
     sides = [*net.video.sides.parameters(), *net.audio.sides.parameters()]
     matrices = [weight for weight in sides if weight.ndim == 2]
@@ -567,7 +539,20 @@ def optimizers_of(net: AudioVideoTransformer, pace: float) -> list[torch.optim.O
                              adjust_lr_fn="match_rms_adamw")]
 
 
+class InFp32(TorchFunctionMode):
+    """While it is entered, PyTorch's Muon multiplies in fp32: it asks for bf16, whatever the machine."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        function = torch.Tensor.clone if function is torch.Tensor.bfloat16 else function
+        return function(*args, **(kwargs or {}))
+
+
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)       # of a state that may be divided
+
+
+def branch_of(name: str) -> str:
+    """The branch that a weight belongs to; the stand-in for the first frame is a picture too."""
+    return "audio" if name.startswith("audio") else "video"
 
 
 class State:
@@ -576,36 +561,35 @@ class State:
     def __init__(self, model: AudioVideoTransformer, stage: str, args):
         self.stage, self.step, self.draw = stage, 0, drawer(args.clips, stage)
         self.steps, self.lr = args.steps or STAGES[stage].steps, args.lr or STAGES[stage].lr
-        self.model, self.ema = model, copy.deepcopy(model).requires_grad_(False)
-        needs_fake = stage == "mutual" and args.dmd > 0
-        self.fake = copy.deepcopy(args.real or model).requires_grad_(True) if needs_fake else None
-        for net in (*self.networks().values(), args.real):
+        self.model, self.ema, self.fake = model, copy.deepcopy(model).requires_grad_(False), None
+        self.nets = {"model": self.model, "ema": self.ema}
+        if stage == "mutual" and args.dmd > 0:
+            self.fake = self.nets["fake"] = copy.deepcopy(args.real or model).requires_grad_(True)
+        for name, weight in model.named_parameters():
+            weight.requires_grad_(stage != "mutual" or branch_of(name) != args.freeze)
+        for net in (*self.nets.values(), args.real):
             if net:
                 shard(net, args.device) if args.shard else net.to(args.device)
         self.optimizers = {"model": optimizers_of(self.model, 1)}
         if self.fake:                                      # has to keep up with the few-step mode
             self.optimizers["fake"] = optimizers_of(self.fake, 5)
 
-    def networks(self) -> dict:
-        return {name: net for name in ("model", "ema", "fake") if (net := getattr(self, name))}
-
     def content(self, args) -> dict:
         """As plain types and, in the first process, whole tensors: any number of them can go on from it."""
-        nets = self.networks()
         return {"format": FORMAT, "config": dataclasses.asdict(self.model.cfg), "settings": args.settings,
                 "stage": self.stage, "step": self.step,
-                "optimizers": {name: get_optimizer_state_dict(nets[name], optimizers, options=WHOLE)
+                "optimizers": {name: get_optimizer_state_dict(self.nets[name], optimizers, options=WHOLE)
                                for name, optimizers in self.optimizers.items()},
-                **{name: get_model_state_dict(net, options=WHOLE) for name, net in nets.items()}}
+                **{name: get_model_state_dict(net, options=WHOLE) for name, net in self.nets.items()}}
 
     def restore(self, content: dict) -> None:
         """Inverse of content(). Raises CheckpointError for what is not."""
         try:
-            self.step, nets = range(self.steps + 1).index(content["step"]), self.networks()
-            for name, net in nets.items():
+            self.step = range(self.steps + 1).index(content["step"])
+            for name, net in self.nets.items():
                 set_model_state_dict(net, content[name], options=WHOLE)
             for name, optimizers in self.optimizers.items():
-                set_optimizer_state_dict(nets[name], optimizers, content["optimizers"][name], options=
+                set_optimizer_state_dict(self.nets[name], optimizers, content["optimizers"][name], options=
                                          dataclasses.replace(WHOLE, strict=False))     # one branch has none
         except Exception:  # whatever foreign content may raise
             raise CheckpointError("resume.pt: does not fit this version, or this command") from None
@@ -614,21 +598,10 @@ class State:
 def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
     names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "flow", "shortcut",
-             "dmd", "guidance", "whole", "init", "teacher", "fp32")
+             "dmd", "guidance", "whole", "init", "teacher", "freeze", "precision")
     said = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
     clips = args.clips and fingerprint(args.clips)
     return said | {"clips": clips, "defaults": {stage: list(value) for stage, value in STAGES.items()}}
-
-
-def learning_rate(step: int, steps: int, lr: float) -> float:
-    """Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise is costly."""
-    return lr * min(1, (step + 1) / min(100, steps)) * (1 - 0.95 * step / steps)
-
-
-@torch.no_grad()
-def update_ema(ema, model, decay: float) -> None:
-    """Move the slow copy of the weights toward the fast one."""
-    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 def losses_of(state: State, x: torch.Tensor, controls: Controls, args) -> tuple[dict, dict]:
@@ -637,13 +610,11 @@ def losses_of(state: State, x: torch.Tensor, controls: Controls, args) -> tuple[
     if state.stage == "mutual":
         return mutual_forcing_loss(
             state.model, x, controls, teacher=state.ema, real=args.real or state.ema, fake=state.fake,
-            history=args.history, flow=args.flow, shortcut=args.shortcut, dmd=args.dmd,
-            guidance=args.guidance, steps=8 if state.step % 4 == 3 else 4,
-            score_chunk=steps if args.real_whole else None)
+            flow=args.flow, shortcut=args.shortcut, dmd=args.dmd, steps=8 if state.step % 4 == 3 else 4,
+            history=args.history, guidance=args.guidance, score_chunk=steps if args.real_whole else None)
     branches = (state.stage,) if state.stage in BRANCHES else BRANCHES
-    chunk = steps if args.whole else state.model.cfg.chunk
-    loss, logs = flow_matching_loss(state.model, x, None if args.whole else x, controls, chunk=chunk,
-                                    branches=branches)
+    history, chunk = (None, steps) if args.whole else (x, None)
+    loss, logs = flow_matching_loss(state.model, x, history, controls, chunk=chunk, branches=branches)
     return {"flow": loss}, logs
 
 
@@ -658,7 +629,7 @@ def backward(state: State, losses: dict) -> dict[str, float]:
         squares = dict.fromkeys(BRANCHES, 0.0)
         for (name, weight), other in zip(net.named_parameters(), others):
             if weight.grad is not None:
-                squares["audio" if name.startswith("audio") else "video"] += weight.grad.square().sum()
+                squares[branch_of(name)] += weight.grad.square().sum()
             if other is not None:
                 weight.grad = other if weight.grad is None else weight.grad + other
         squares = tree_map_only(DTensor, DTensor.full_tensor, squares)
@@ -674,31 +645,32 @@ def batch_of(args, seconds: float) -> int:
 def train_step(state: State, args) -> dict[str, float]:
     """One step of the state's stage; returns the figures to log, of this process's last part of the batch.
     Raises TrainingError at a loss of NaN."""
-    cfg, index = state.model.cfg, list(STAGES).index(state.stage)
+    index, usual = list(STAGES).index(state.stage), STAGES[state.stage]
     seconds = args.seconds[state.step % len(args.seconds)]             # clips of several lengths take turns
     rank, ranks = process()
     parts = ranks * args.accumulate
-    size = batch_of(args, seconds) // parts
+    size, bf16 = batch_of(args, seconds) // parts, args.precision == "bf16"
     for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
-        rows = range(part * size, (part + 1) * size)
-        x, controls = film_batch(cfg, state.draw, args.seed, index, state.step, rows, seconds,
-                                 STAGES[state.stage].babble)
-        x = x.to(args.device, state.model.no_first.dtype)
-        controls = controls.each(lambda c: c.to(args.device))
+        x, controls = film_batch(state.model, state.draw, args.seed, index, state.step,
+                                 range(part * size, (part + 1) * size), seconds, usual.babble)
         torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
-        with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=not args.fp32):
+        with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             losses, logs = losses_of(state, x, controls, args)
         if anyone(not all(loss.isfinite() for loss in losses.values()), args.device):
             raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
         logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
-    average_gradients([weight for net in state.networks().values() for weight in net.parameters()])
+    average_gradients([weight for net in state.nets.values() for weight in net.parameters()])
+    # Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise is costly.
+    rate = state.lr * min(1, (state.step + 1) / min(100, state.steps)) * (1 - 0.95 * state.step / state.steps)
     for optimizer in sum(state.optimizers.values(), []):
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
         for group in optimizer.param_groups:
-            group["lr"] = group["pace"] * learning_rate(state.step, state.steps, state.lr)
-        optimizer.step()
+            group["lr"] = group["pace"] * rate
+        with torch.no_grad() if bf16 else InFp32():
+            optimizer.step()
         optimizer.zero_grad()
-    update_ema(state.ema, state.model, min(STAGES[state.stage].ema, (state.step + 1) / (state.step + 10)))
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(min(usual.ema, (state.step + 1) / (state.step + 10)))
+    move([*state.ema.parameters()], [*state.model.parameters()], None)     # the slow copy toward the fast one
     state.step += 1
     return {"loss": sum(loss.item() for loss in losses.values()), **logs}
 
@@ -706,15 +678,12 @@ def train_step(state: State, args) -> dict[str, float]:
 @torch.no_grad()
 def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) -> None:
     """What the model makes now, a PNG: four films, few-step mode, 4 evaluations, two frames a chunk."""
-    cfg, chunks = model.cfg, frames_of(model.cfg, seconds) // model.cfg.chunk_frames
-    _, controls = film_batch(cfg, draw, 0, len(STAGES), 0, range(4), seconds)
-    controls = controls.each(lambda c: c.to(model.no_first.device))
-    noise = torch.Generator().manual_seed(0)
-    chunks = generate(model, controls, chunks, time_grid(cfg, 4), generator=noise)
+    cfg, noise = model.cfg, torch.Generator().manual_seed(0)
+    _, controls = film_batch(model, draw, 0, len(STAGES), 0, range(4), seconds)
+    chunks = generate(model, controls, round(seconds / cfg.chunk_seconds), time_grid(cfg, 4), generator=noise)
     video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
-    frames = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].swapaxes(0, 1).cpu().numpy()
-    strip = np.concatenate(np.concatenate(list(frames), 2), 0)   # films below each other, time to the right
-    write_picture(path, strip)
+    films = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].cpu().numpy()
+    write_picture(path, np.vstack([np.hstack(film) for film in films]))        # a row each, time to the right
 
 
 def write_picture(path: Path, pixels: np.ndarray) -> None:
@@ -726,8 +695,7 @@ def train_stage(state: State, args) -> None:
     """Train a stage from where its state is to its end; log, checkpoints and filmstrips now and then. Ctrl-C
     and SIGTERM end it after the step in progress, with a checkpoint. Raises KeyboardInterrupt then."""
     stop, stopped, first = [], False, process()[0] == 0
-    before = {number: signal.signal(number, lambda *_: stop.append(1))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     bar = tqdm(total=state.steps, initial=state.step, desc=state.stage, disable=None)
     try:
         with open(args.out / "log.jsonl" if first else os.devnull, "a", buffering=1) as log:
@@ -745,8 +713,8 @@ def train_stage(state: State, args) -> None:
                     save(state, args)
     finally:
         bar.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for n, handler in before.items():
+            signal.signal(n, handler)
     anyone(False, args.device)                             # the others wait until the first has saved
     if stopped:
         raise KeyboardInterrupt
@@ -763,8 +731,7 @@ def save(state: State, args) -> None:
             "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
         save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole and not args.shard:     # fits one device
-            path = args.out / f"{state.stage}.png"
-            write_strip(ema.to(args.device), state.draw, max(args.seconds), path)
+            write_strip(ema.to(args.device), state.draw, max(args.seconds), args.out / f"{state.stage}.png")
 
 
 # ---- Speed, beside the machine's limit: the time that the same matrix products take alone. -----------------
@@ -778,10 +745,8 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in ("mm", "bmm", "matmul"):
-            self.shapes.append((args[0].shape, args[1].shape))
-        elif name in ("addmm", "baddbmm"):
-            self.shapes.append((args[1].shape, args[2].shape))
+        if name in ("mm", "bmm", "matmul", "addmm", "baddbmm"):        # of some, a bias comes first
+            self.shapes.append((args[-2].shape, args[-1].shape))
         elif name == "linear":
             self.shapes.append((args[0].shape, args[1].shape[::-1]))
         elif "scaled_dot_product" in name and "backward" not in name:
@@ -791,12 +756,9 @@ class Products(TorchDispatchMode):
 
     def alone(self, device) -> float:
         """Seconds for the products alone, in the faster of fp32 and bf16."""
-        def seconds(dtype):
-            pairs = [[torch.randn(shape, dtype=dtype, device=device) for shape in pair]
-                     for pair in self.shapes]
-            return fastest(lambda: [a @ b for a, b in pairs], device, 5)
-
-        return min(map(seconds, (torch.float32, torch.bfloat16)))
+        dtype = PRECISIONS[faster_precision(device)]
+        pairs = [[torch.randn(shape, dtype=dtype, device=device) for shape in pair] for pair in self.shapes]
+        return fastest(lambda: [a @ b for a, b in pairs], device, 5)
 
 
 def fastest(function, device, runs: int) -> float:
@@ -828,14 +790,21 @@ def machine(device) -> str:
     return f"{names[0]}, {torch.get_num_threads()} threads"
 
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def faster_precision(device) -> str:
+    """The faster precision for small products: without a unit for it, bf16 is a hundred times slower."""
+    def seconds(precision):
+        a, b = (torch.randn(n, 192, dtype=PRECISIONS[precision], device=device) for n in (48, 768))
+        return fastest(lambda: a @ b.T, device, 10)
+
+    return min(PRECISIONS, key=seconds)
+
+
 def in_precision(model: AudioVideoTransformer, precision: str | None) -> AudioVideoTransformer:
     """Turn a model's weights (not its tables of phases) to fp32 or bf16; by default to the faster here."""
-    def seconds(dtype):
-        a, b = (torch.randn(n, 192, dtype=dtype, device=model.no_first.device) for n in (48, 768))
-        return fastest(lambda: a @ b.T, a.device, 50)
-
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    dtype = dtypes[precision] if precision else min(dtypes.values(), key=seconds)
+    dtype = PRECISIONS[precision or faster_precision(model.no_first.device)]
     for weight in model.parameters():
         weight.data = weight.data.to(dtype)
     return model
@@ -870,12 +839,11 @@ def benchmark(args, cfg: Config) -> dict:
     for stage in STAGES:
         state = State(copy.deepcopy(model), stage, args)
         add(f"a step of stage {stage}", lambda: train_step(state, args))
-    x, controls = film_batch(cfg, talk, 0, 0, 0, range(args.batch), args.seconds[0])
-    x, controls = x.to(device), controls.each(lambda c: c.to(device))
+    x, controls = film_batch(model, talk, 0, 0, 0, range(args.batch), args.seconds[0])
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], controls.each(lambda c: c[third])
     times, student = time_grid(cfg, 4).to(device), state.model
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=not args.fp32):
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=args.precision == "bf16"):
         add("rollout", lambda: rollout(student, x, controls, times, "few"))
         states, made = rollout(student, some, said, times, "few")
         own = {"real": state.ema, "fake": state.fake, "times": times, "made": made}
@@ -910,6 +878,7 @@ ARMS = {
     "own-score": (STAGE_3 + "--flow 0 --shortcut 0 --dmd 1", "few-4"),
     "shortcut-tf": (STAGE_3 + "--history real --shortcut 1 --dmd 0", "few-4 few-8"),
     "dmd-tf": (STAGE_3 + "--history real --shortcut 0 --dmd 1", "few-4"),
+    "frozen-picture": (STAGE_3 + "--freeze video", "few-4"),
     "clips-of-1s": (STAGE_2 + "--batch 12 --seconds 1", "few-4"),
     "clips-of-3s": (STAGE_2 + "--batch 4 --seconds 3", "few-4"),
     "video": ("--stage video --steps 500 --batch 8 --seconds 1.5", ""),
@@ -947,21 +916,18 @@ def reproduce(args) -> dict:
 
 
 def train_arm(name: str, seed: int, args, arms: dict) -> Path:
-    """Train an arm, after those it builds on, or go on with it. Its cost goes into arms. Returns its file."""
+    """Train an arm, after those it builds on, or go on with it; it is entered in arms. Returns its file."""
     options, scores = ARMS[name]
     for before in re.findall(r"{out}/(\S+)-0/", options):
         train_arm(before, 0, args, arms)
     folder, options = args.out / f"{name}-{seed}", options.format(init=args.init, out=args.out).split()
-    where = ["--device", args.device, *["--fp32"] * args.fp32, "--seed", str(seed), "--out", str(folder)]
-    arm = build_parser().parse_args([*options, *where])
-    made = folder / f"{arm.stage}.pt"
+    arm = build_parser().parse_args([*options, "--seed", str(seed), "--out", str(folder)])
+    arm.device, arm.precision, made = args.device, args.precision, folder / f"{arm.stage}.pt"
     if folder.name not in arms or not made.exists():
         arm.resume = (folder / "resume.pt").exists()
         run(arm)
-        lasted = [json.loads(line)["seconds"] for line in (folder / "log.jsonl").open()]
         model = load_checkpoint(made)[0]
-        arms[folder.name] = {"options": " ".join(options), "seconds_a_step": float(np.median(lasted)),
-                             "alike": likeness(model)}
+        arms[folder.name] = {"options": " ".join(options), "alike": likeness(model)}
         if scores and seed == 0:
             shown = [arm for arm in arms if arm.endswith("-0") and ARMS[arm[:-2]][1]]
             draw_arm(model, shown.index(folder.name), args.out / "arms.png")
@@ -971,11 +937,10 @@ def train_arm(name: str, seed: int, args, arms: dict) -> Path:
 def scored(checkpoint: Path, device: str, mode: str, steps: str, guidance="1", seconds="25") -> list[dict]:
     """The rows that `sample.py --evaluate --json` gives for a checkpoint, with how much film was asked."""
     talkers = {"25": "32" if int(steps) < 50 else "16", "60": "16", "600": "4"}.get(seconds, "2")
-    words = {"mode": mode, "steps": steps, "guidance": guidance, "seconds": seconds, "talkers": talkers,
-             "device": device}
-    options = [x for name, word in words.items() for x in (f"--{name}", word)]
-    said = subprocess.run([sys.executable, Path(__file__).with_name("sample.py"), "--json", *options,
-                           "--evaluate", checkpoint], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, Path(__file__).with_name("sample.py"), "--json", "--evaluate", checkpoint,
+               "--mode", mode, "--steps", steps, "--guidance", guidance, "--seconds", seconds,
+               "--talkers", talkers, "--device", device]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if said.returncode:
         raise TrainingError(f"{checkpoint} could not be scored")
     extent = {"seconds": int(seconds), "talkers": int(talkers)}
@@ -985,7 +950,7 @@ def scored(checkpoint: Path, device: str, mode: str, steps: str, guidance="1", s
 @torch.no_grad()
 def likeness(model: AudioVideoTransformer) -> list[float]:
     """How alike the two modes are: cosine of their attention outputs on the same noised chunks, by layer."""
-    x, controls = film_batch(model.cfg, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds)
+    x, controls = film_batch(model, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds)
     begin, end = time_grid(model.cfg, 4)[1:3]
     torch.manual_seed(0)
     x_t, outputs = torch.lerp(torch.randn_like(x), x, begin[0]), ([], [])
@@ -1058,6 +1023,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD")
     add("--guidance", type=weight, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
     add("--teacher", type=Path, help="stage 3: a frozen checkpoint, DMD's real score")
+    add("--freeze", choices=BRANCHES, help="stage 3: a branch that stays as stage 2 left it")
     add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--reproduce", action="store_true", help="train and score all arms of the paper's claims from --init")
@@ -1065,7 +1031,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the benchmark as one JSON object")
     add("--seed", type=number(int, 0, 999999), default=0)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--fp32", action="store_true", help="no bf16: slower; for processors without it")
+    add("--precision", choices=PRECISIONS, help="of matrix products; default: what is faster here")
     add("--log-every", type=count, default=20, metavar="STEPS", help="between lines of log.jsonl")
     add("--save", type=count, default=250, metavar="STEPS", help="between checkpoints")
     add("--out", type=Path, default=Path("runs/talker"), help="folder of checkpoints, log and filmstrips")
@@ -1088,7 +1054,7 @@ def sizes_of(args) -> Config:
 
 
 def check(args, cfg: Config) -> None:
-    """Check the arguments against a model's sizes; load the teacher."""
+    """Check the arguments against a model's sizes; settle the precision; load the teacher."""
     if args.shard and not dist.is_initialized():
         raise TrainingError("--shard: is for several processes, started by torchrun")
     if args.whole and args.stage in ("mutual", "all"):
@@ -1105,11 +1071,12 @@ def check(args, cfg: Config) -> None:
         counts = ", ".join(str(batch_of(args, seconds)) for seconds in args.seconds)
         raise TrainingError(f"--batch: {counts} clips a step must each be a multiple of {rows}, for {parts} "
                             "parts and an equal share of each objective")
+    if not args.precision:                                 # one for all processes
+        args.precision = "bf16" if anyone(faster_precision(args.device) == "bf16", args.device) else "fp32"
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
-        same = {name: getattr(cfg, name) for name in ("width", "layers", "heads")}
-        if dataclasses.replace(args.real.cfg, **same) != cfg:
+        if dataclasses.replace(args.real.cfg, width=cfg.width, layers=cfg.layers, heads=cfg.heads) != cfg:
             raise TrainingError(f"{args.teacher}: only width, layers and heads may differ from the model's")
         args.real_whole = bool(extra.get("whole"))
 
@@ -1150,7 +1117,7 @@ def train_stages(args) -> None:
     """Train the stages asked for, into the folder args.out. Raises as run() does."""
     content = load_resume(args) if args.resume else None
     if content:
-        model = content["net"]
+        model, args.precision = content["net"], args.precision or content["settings"].get("precision")
     else:
         model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(sizes_of(args))
     if args.config and model.cfg != sizes_of(args):
