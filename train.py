@@ -366,8 +366,9 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
 def fingerprint(clips: list[Film]) -> str:
     """Tells one set of clips from another: a run goes on only with its own."""
     known = hashlib.sha256()
-    for part in (part for clip in clips for part in clip[:3]):
-        known.update(repr(part.shape).encode() + part.tobytes())
+    for clip in clips:
+        for part in clip[:3]:
+            known.update(repr(part.shape).encode() + part.tobytes())
     return known.hexdigest()
 
 
@@ -645,10 +646,8 @@ def batch_of(args, seconds: float) -> int:
 def train_step(state: State, args) -> dict[str, float]:
     """One step of the state's stage; returns the figures to log, of this process's last part of the batch.
     Raises TrainingError at a loss of NaN."""
-    index, usual = list(STAGES).index(state.stage), STAGES[state.stage]
-    seconds = args.seconds[state.step % len(args.seconds)]             # clips of several lengths take turns
-    rank, ranks = process()
-    parts = ranks * args.accumulate
+    index, usual, (rank, ranks) = list(STAGES).index(state.stage), STAGES[state.stage], process()
+    seconds, parts = args.seconds[state.step % len(args.seconds)], ranks * args.accumulate   # lengths in turn
     size, bf16 = batch_of(args, seconds) // parts, args.precision == "bf16"
     for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
         x, controls = film_batch(state.model, state.draw, args.seed, index, state.step,
@@ -666,7 +665,7 @@ def train_step(state: State, args) -> dict[str, float]:
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
         for group in optimizer.param_groups:
             group["lr"] = group["pace"] * rate
-        with torch.no_grad() if bf16 else InFp32():
+        with torch.no_grad() if bf16 else InFp32():        # a step is without gradient anyway
             optimizer.step()
         optimizer.zero_grad()
     move = torch.optim.swa_utils.get_ema_multi_avg_fn(min(usual.ema, (state.step + 1) / (state.step + 10)))
