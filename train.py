@@ -977,26 +977,29 @@ def draw_arm(model: AudioVideoTransformer, row: int, path: Path) -> None:
 
 
 def tables(results: dict) -> str:
-    """The scores as Markdown: means over the seeds in the three windows, and the spread of the last."""
-    parts, order = [], ["ground truth", "shuffled sound", *ARMS]
-    rows = sorted(results["rows"], key=lambda row: (row["seconds"], -row["talkers"], order.index(row["arm"])))
-    for control in ("spoken", "babbling"):
-        groups, lines = {}, []
-        for row in (row for row in rows if row["control"] == control):
-            how = f"{row['mode']} {row['steps']}, " if row["mode"] else ""
-            how += f"guidance {row['guidance']:g}, " if row["guidance"] not in (None, 1) else ""
-            how += f"{row['talkers']} talkers of {row['seconds']} s"
-            groups.setdefault((row["arm"], how), []).append(row)
-        for (arm, how), same in groups.items():
+    """The scores as Markdown, means over the seeds: the last window, with its spread, then folded away all
+    windows, and how alike the two modes are."""
+    order, groups = ["ground truth", "shuffled sound", *ARMS], {"spoken": {}, "babbling": {}}
+    for row in sorted(results["rows"], key=lambda r: (r["seconds"], -r["talkers"], order.index(r["arm"]))):
+        how = f"{row['mode']} {row['steps']}, " if row["mode"] else ""
+        how += f"guidance {row['guidance']:g}, " if row["guidance"] not in (None, 1) else ""
+        key = row["arm"], how + f"{row['talkers']} talkers of {row['seconds']} s"
+        groups[row["control"]].setdefault(key, []).append(row)
+
+    def table(control: str, begin: int) -> str:
+        lines = []
+        for (arm, how), same in groups[control].items():
             lines.append({"arm": arm, "how": how + (f", {len(same)} seeds" if len(same) > 1 else "")})
-            for figure in FIGURES:
-                values = np.array([row[figure] for row in same], float)            # (seeds, windows)
-                cell = " / ".join("-" if np.isnan(x) else f"{x:.3g}" for x in values.mean(0))
-                spread = values[:, -1].std(ddof=1) if len(same) > 1 else np.nan
-                lines[-1][figure] = cell + ("" if np.isnan(spread) else f" ± {spread:.2g}")
-        parts.append(f"*{control.capitalize()}*\n\n{markdown(lines)}")
+            for figure in (name for name in FIGURES if same[0][name][0] is not None):
+                values = np.array([row[figure] for row in same], float)[:, begin:]     # (seeds, windows)
+                spread = f" ± {values.std(0, ddof=1)[-1]:.2g}" if len(same) > 1 and begin < 0 else ""
+                lines[-1][figure] = " / ".join(f"{x:.3g}" for x in values.mean(0)) + spread
+        return f"*{control.capitalize()}*\n\n{markdown(lines)}"
+
     alike = [{"arm": name, "cosine, by layer": arm["alike"]} for name, arm in results["arms"].items()]
-    return "\n\n".join([*parts, f"*How alike the two modes are*\n\n{markdown(alike)}"])
+    return "\n\n".join([*(table(control, -1) for control in groups), "<details><summary>All windows, and how "
+                        "alike the two modes are</summary>", *(table(control, 0) for control in groups),
+                        f"*How alike the two modes are*\n\n{markdown(alike)}", "</details>"])
 
 
 def build_parser() -> argparse.ArgumentParser:
