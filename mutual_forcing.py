@@ -47,8 +47,7 @@ class Config:
     step_frames: int = 2         # frames of one latent step
     patch: int = 16              # height and width of a video token in pixels
     sample_rate: int = 8000      # samples per second
-    motion: float = 2.5          # gain on how a frame differs from the one before
-    seam: float = 4.0            # gain on how pixels beside a border of patches differ
+    motion: float = 4.0          # gain on how the frames of a latent step differ
     step_sounds: int = 4         # hops of sound in one latent step
     bands: int = 2               # audio tokens of one hop: low and high half of its spectrum
     compand: float = 0.35        # exponent that tames the peaks of the sound's spectrum
@@ -59,9 +58,8 @@ class Config:
     margin: int = 4              # frames of transcript seen before and after a chunk
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
     clock: int = 16              # seconds after which every rotary phase in time has come round
-    video_shift: float = 12.0    # s of warp(): how far times are pushed toward noise; more for the picture,
-    audio_shift: float = 4.0     # where mouths are enlarged: both choose the next letter at equal progress
-    late: float = 0.99           # the picture's last step of a grid begins here or later, see progress()
+    shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
+    late: float = 0.97           # the picture's last step of a grid begins here or later, see progress()
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
@@ -84,7 +82,6 @@ class Config:
     video_values = property(lambda c: c.video_tokens * c.video_dim)        # of a latent step
     audio_values = property(lambda c: c.audio_tokens * c.audio_dim)        # of a latent step
     step_values = property(lambda c: c.video_values + c.audio_values)      # E
-    shifts = property(lambda c: torch.tensor([c.video_shift, c.audio_shift]))
     clock_ticks = property(lambda c: c.clock * c.fps * c.step_sounds // c.step_frames)
     chunk_frames = property(lambda c: c.chunk * c.step_frames)
     chunk_seconds = property(lambda c: c.chunk_frames / c.fps)
@@ -93,37 +90,30 @@ class Config:
 # ---- Codecs: fixed, exact, streamable. A fork puts pretrained VAEs here, as the paper has. -----------------
 
 class VideoCodec:
-    """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). How frames change and
-    how patches differ at their border is little, but there the eye sees errors, as flicker and seams: tokens
-    hold both enlarged, so that decoding makes the errors small."""
+    """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). A token holds cosines
+    over the frames of a latent step; motion has a hundredth of the energy, and is enlarged, or films jerk."""
 
     def __init__(self, cfg: Config):
-        self.cfg, self.lap = cfg, torch.eye(cfg.image)                 # for rows and for columns
-        for border in range(cfg.patch, cfg.image, cfg.patch):
-            for k in range(cfg.patch // 2):                            # let mirrored pixels differ more
-                pair, more = torch.tensor([border + k, border - k - 1]), max(0, cfg.seam / (k + 1) - 1) / 2
-                self.lap[pair] += more * (self.lap[pair] - self.lap[pair.flip(0)])
+        self.cfg, n = cfg, torch.arange(cfg.step_frames, dtype=torch.float64)
+        basis = torch.cos(math.pi / len(n) * n[:, None] * (n + 0.5)) * math.sqrt(2 / len(n))  # orthonormal
+        basis[0], basis[1:] = basis[0] * 0.5 ** 0.5, basis[1:] * cfg.motion
+        self.basis, self.inverse = basis.float(), basis.inverse().float()
 
     def encode(self, frames: Tensor) -> Tensor:
-        """A whole film, uint8 (B, F, image, image, 3), F in whole latent steps -> (B, S, N, video_dim)."""
-        cfg, b, lap = self.cfg, len(frames), self.lap.to(frames.device)
-        x = torch.einsum("yh,bfhwc,xw->bfyxc", lap, frames / 127.5 - 1, lap)
-        x = torch.cat([x[:, :1], x[:, 1:] + (cfg.motion - 1) * x.diff(dim=1)], 1)
-        x = x.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
-        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(2, 3)
+        """uint8 (B, F, image, image, 3), F a multiple of step_frames -> (B, S, N, video_dim)."""
+        cfg, b = self.cfg, len(frames)
+        assert frames.shape[2:] == (cfg.image, cfg.image, 3), frames.shape
+        x = frames.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
+        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(5).flatten(2, 3).float() / 127.5 - 1
+        return (self.basis.to(x.device) @ x).flatten(3)                # (B, S, N, step_frames, 3 patch^2)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Inverse of encode, clipped: a whole film (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
-        return self.decode_next(x)[0]
-
-    def decode_next(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, S, N, video_dim) -> uint8 frames, and the last of them before rounding, for the next call."""
-        cfg, b, frames, lap = self.cfg, len(x), [], self.lap.inverse().to(x.device)
+        """Inverse of encode, clipped: (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
+        cfg, b = self.cfg, x.shape[0]
+        x = self.inverse.to(x) @ x.unflatten(3, (cfg.step_frames, -1))
         x = x.reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, -1, cfg.image, cfg.image, 3)
-        for frame in torch.einsum("yh,bfhwc,xw->bfyxc", lap, x, lap).unbind(1):
-            frames.append(last := frame if last is None else last + (frame - last) / cfg.motion)
-        return ((torch.stack(frames, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), last
+        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class AudioCodec:
@@ -143,8 +133,7 @@ class AudioCodec:
         m, b = self.cfg.hop, samples.shape[0]
         before = samples.new_zeros(b, m) if before is None else before
         hops = torch.cat([before, samples], 1).view(b, -1, m)          # fails unless whole hops are given
-        c = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device)     # the spectrum
-        return c.sign() * c.abs() ** self.cfg.compand * self.cfg.sound_scale
+        return self.compress(torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Inverse of encode: a whole film (B, n, hop) -> (B, n hop), whose last hop fades."""
@@ -154,11 +143,18 @@ class AudioCodec:
     def decode_next(self, tokens: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, n, hop) -> samples (B, n hop), one hop late, and the tail (B, hop) for the next call."""
         m, b = self.cfg.hop, tokens.shape[0]
-        c = tokens.sign() * (tokens.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
-        halves = c @ self.basis.T.to(tokens.device)                    # (B, n, 2 hop)
+        halves = self.expand(tokens) @ self.basis.T.to(tokens.device)  # (B, n, 2 hop)
         tail = halves.new_zeros(b, m) if tail is None else tail
         early = torch.cat([tail[:, None], halves[:, :-1, m:]], 1)      # what the token before left over
         return (early + halves[..., :m]).reshape(b, -1), halves[:, -1, m:].clone()
+
+    def compress(self, c: Tensor) -> Tensor:
+        """Spectrum -> about unit variance, few peaks."""
+        return c.sign() * c.abs() ** self.cfg.compand * self.cfg.sound_scale
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Inverse of compress."""
+        return z.sign() * (z.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
 
 
 def cut_branches(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +178,7 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
 
 
-def warp(u, shift=Config.audio_shift):
+def warp(u, shift: float = Config.shift):
     """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice): pixel
     patches are redundant, at t = 0.25 one gives itself away, and all that is global is decided below it."""
     return u / (u + shift * (1 - u))
@@ -205,7 +201,7 @@ def time_grid(cfg: Config, steps: int) -> Tensor:
     """Times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, E). ValueError below 1 step."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return each_value(cfg, warp(progress(cfg, steps), cfg.shifts))[:, None, None]
+    return each_value(cfg, warp(progress(cfg, steps), cfg.shift))[:, None, None]
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
@@ -213,7 +209,7 @@ def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     half of the chunks branches share theirs; in the others either learns to follow the other (our choice)."""
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
     u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
-    return each_value(cfg, warp(u, cfg.shifts).repeat_interleave(chunk, 1)).to(x)
+    return each_value(cfg, warp(u, cfg.shift).repeat_interleave(chunk, 1)).to(x)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -246,8 +242,8 @@ class Controls(NamedTuple):
 
     def chunk(self, cfg: Config, index: int) -> "Controls":
         """The controls as chunk number index sees them: its own frames of transcript and the margins."""
-        frames = cfg.chunk_frames
-        return self._replace(symbols=self.symbols.narrow(1, index * frames, frames + 2 * cfg.margin))
+        start = index * cfg.chunk_frames
+        return self._replace(symbols=self.symbols[:, start:start + cfg.chunk_frames + 2 * cfg.margin])
 
     def dropped(self, cfg: Config) -> "Controls":
         """The null controls."""
@@ -560,10 +556,10 @@ def timeless(k: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the chunks made: the streaming context buffer (section 3.1). A layer's tokens: [
-    desk | first | sink | ring of W chunks ]. The chunk at work uses the desk; commit() copies it to the
-    ring's oldest place and, after chunk 0, to the sink. Keys are kept turned. ValueError: a window not
-    trained."""
+    """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Tokens of a
+    layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
+    pass and reads the rest; commit() copies the desk into the ring's oldest place and, after chunk 0, into
+    the sink. Keys are stored turned, as phases are periodic. Raises ValueError for a window not trained."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
         self.window, self.count = cfg.window if window is None else window, 0   # count: chunks committed
@@ -615,10 +611,10 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
              guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
              clips: Tensor | None = None, given: int = 0, forced: bool = False):
     """Make a film through the cache; yields the states (see denoise) of each chunk. Few-step mode tells the
-    network the size of its step, multi-step mode asks for d = 0. Guidance other than 1 runs a second,
-    uncontrolled cache. Training gives clips (B, S, E): their first `given` chunks stand, others begin from
-    them plus the mean error of the chunk before, noised to times[0]: errors add up as in a stream, the
-    content is the clips'. forced: the cache keeps the clips' own chunks."""
+    network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0). Guidance other
+    than 1 runs a second, uncontrolled cache. Training gives clips (B, S, E): their first `given` chunks
+    stand, others begin from them plus the mean error of the chunk before, noised to times[0]: errors add up
+    as in a stream, the content is the clips'. forced: the cache keeps the clips' own chunks."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
     times, copies, error = times.to(device), 1 if guidance == 1 else 2, 0
     if guidance != 1:
@@ -678,24 +674,25 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     character: a name or its index, None for anyone. first_frame: uint8 (H, W, 3). mode: "few" large steps (4
     or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window. The first yield's
     sound is one hop short, the last brings that hop. Memory does not grow. First next(): ValueErrors."""
-    cfg, frames, device = model.cfg, round(seconds * model.cfg.fps), model.no_first.device
+    cfg, frames = model.cfg, round(seconds * model.cfg.fps)
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
     if frames < 1:
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
-    controls = film_controls(cfg, chunks, transcript, character, first_frame).each(lambda x: x.to(device))
+    controls = film_controls(cfg, chunks, transcript, character, first_frame)
+    controls = controls.each(lambda x: x.to(model.no_first.device))
     video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
-    last, tail, rest = None, None, frames * cfg.sample_rate // cfg.fps         # rest: samples to come
+    tail, rest = None, frames * cfg.sample_rate // cfg.fps             # the hop to come, the samples to come
     for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
         video, audio = split(cfg, states[-1])
         early = cfg.hop if tail is None else 0                         # before the film's first sample
         samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
-        picture, last = video_codec.decode_next(video, last)
-        picture = picture[0, :frames].cpu().numpy()
+        picture = video_codec.decode(video)[0, :frames].cpu().numpy()
         frames -= len(picture)
-        samples = torch.cat([samples[0, early:], *(() if frames else tail)])[:rest].cpu().numpy()
+        samples = samples[0, early:] if frames else torch.cat([samples[0, early:], tail[0]])
+        samples = samples[:rest].cpu().numpy()
         rest -= len(samples)
         yield picture, samples
 
@@ -724,13 +721,13 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
                        chunk: int | None = None, branches=BRANCHES) -> tuple[Tensor, dict]:
     """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
     On self-made films, at the latent steps made (S,), it trains the fake score. logs: also by noise level."""
-    cfg, t = model.cfg, draw_times(model.cfg, x, chunk or model.cfg.chunk)
+    cfg = model.cfg
+    t = draw_times(cfg, x, chunk or cfg.chunk)
     x_t = add_noise(x, torch.randn_like(x), t)
     x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches)
     error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
     loss, logs = mean_error("flow", cfg, error, branches, made)
-    borders = warp(torch.tensor([0.25, 0.5, 0.75])[:, None, None, None], cfg.shifts).to(t.device)
-    level = (t[..., [0, -1]] >= borders).sum(0)                        # (B, S, 2)
+    level = torch.bucketize(t[..., [0, -1]], warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shift).to(t.device))
     parts = zip(BRANCHES, cut_branches(cfg, error.detach()), level.unbind(-1))
     logs |= {f"flow_{name}_level{i}": part[at == i].mean().item()
              for name, part, at in parts if name in branches for i in at.unique().tolist()}
@@ -749,7 +746,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
     last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
     u = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
-    times = each_value(cfg, warp(u, cfg.shifts)).to(x)
+    times = each_value(cfg, warp(u, cfg.shift)).to(x)
     longer = (span < len(start) - max(cuts))[..., None].to(x)                                 # (B, S, 1)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
@@ -803,8 +800,8 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
     multi-step mode teaches (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's,
     whose chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real"
-    teacher forcing. Our choice: objectives divide the rows, and flow weighs less (at 1 its noise drowns the
-    others). Returns the weighted losses by term, and logs."""
+    teacher forcing. Our choice: rows are divided among the objectives, and flow weighs less (at 1 its noise
+    drowns the others). Returns the weighted losses by term, and logs."""
     b, times = len(x), time_grid(model.cfg, steps).to(x)
     weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
     rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}
@@ -842,7 +839,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
 
 # ---- Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read. ---
 
-FORMAT = "mutual-forcing-3"
+FORMAT = "mutual-forcing-2"
 
 
 class CheckpointError(Exception):

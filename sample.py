@@ -254,12 +254,11 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
     for start in range(0, len(films), batch):
         some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
-        frames, tokens, codec, last = [], [], VideoCodec(cfg), None
+        frames, tokens, codec = [], [], VideoCodec(cfg)
         for states in generate(model, some, chunks, time_grid(cfg, steps), few=few, guidance=guidance,
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
-            picture, last = codec.decode_next(video, last)
-            frames.append(picture.cpu())
+            frames.append(codec.decode(video).cpu())
             tokens.append(audio.reshape(len(audio), -1, cfg.hop).cpu())
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
@@ -442,16 +441,16 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
                 products.shapes.clear()
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
         video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
-        chunks, times, last, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None, None
+        chunks, times, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None
         more = min(chunks, 100)
         old, new = (films_of(model, count, **settings) for count in (chunks + more, more))
         for _, states in zip(range(chunks), old):
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
-            frames, last = video_codec.decode_next(video, last)
+            frames = video_codec.decode(video).cpu().numpy()
             samples, tail = audio_codec.decode_next(audio.reshape(batch, -1, cfg.hop), tail)
             times.append(train.clock(device))
-            writer.add(frames[0].cpu().numpy(), samples[0].cpu().numpy())
+            writer.add(frames[0], samples[0].cpu().numpy())
             times.append(train.clock(device))
         writer.finish()
     turns = [train.clock(device)]
