@@ -977,8 +977,7 @@ def draw_arm(model: AudioVideoTransformer, row: int, path: Path) -> None:
 
 
 def tables(results: dict) -> str:
-    """The scores as Markdown, means over the seeds: the last window, with its spread, then folded away all
-    windows, and how alike the two modes are."""
+    """The scores as Markdown, means over seeds: the last window; folded away, all, and the modes' likeness."""
     order, groups = ["ground truth", "shuffled sound", *ARMS], {"spoken": {}, "babbling": {}}
     for row in sorted(results["rows"], key=lambda r: (r["seconds"], -r["talkers"], order.index(r["arm"]))):
         how = f"{row['mode']} {row['steps']}, " if row["mode"] else ""
