@@ -977,7 +977,7 @@ def draw_arm(model: AudioVideoTransformer, row: int, path: Path) -> None:
 
 
 def tables(results: dict) -> str:
-    """The scores as Markdown, means over seeds: the last window; folded away, all, and the modes' likeness."""
+    """The scores as Markdown, means over seeds: the last window; folded, all, and how alike modes are."""
     order, groups = ["ground truth", "shuffled sound", *ARMS], {"spoken": {}, "babbling": {}}
     for row in sorted(results["rows"], key=lambda r: (r["seconds"], -r["talkers"], order.index(r["arm"]))):
         how = f"{row['mode']} {row['steps']}, " if row["mode"] else ""
