@@ -1,7 +1,7 @@
 """Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a talking
 character, picture and sound together, in 4 or 8 network evaluations per chunk. Read it leaf to root.
 
-The paper in six sentences. A transformer of an audio and a video branch, joined by one self-attention, makes
+The paper in five sentences. A transformer of an audio and a video branch, joined by one self-attention, makes
 a film chunk by chunk and keeps the chunks already made in a cache. One set of weights serves two modes: the
 *multi-step* mode predicts the instantaneous velocity of a flow from noise to data (many small steps), the
 *few-step* mode the average velocity over an interval (4 or 8 large steps). Stage 1 trains each branch alone,
@@ -13,11 +13,11 @@ Axes                                          Symbols
   B  films in a batch    F  frames              x    clean latents          x_t  noised latents
   S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
   C  chunks (cfg.chunk latent steps; W: seen)    u    velocity (the data's: x - noise)
-  N  tokens of one branch in one latent step    x_hat  the network's clean prediction
+  N  tokens of one branch in one latent step    x_hat  the network's output: where u leads to at t = 1
   D  width    H  heads    P  values of a head    E  values of a latent step (video's, then audio's)
 
-t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts the clean x_hat; the losses
-live in velocity space: u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u.
+t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts x_hat (data, if d = 0):
+u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u. Flow matching compares u, the others x_hat.
 """
 import functools
 import hashlib
@@ -58,13 +58,13 @@ class Config:
     margin: int = 4              # frames of transcript seen before and after a chunk
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
     clock: int = 16              # seconds after which every rotary phase in time has come round
-    shift: float = 4.0           # s of warp(): how far the times are pushed toward noise
-    late: float = 0.97           # the picture's last step of a grid begins here or later, see progress()
+    shift: float = 4.0           # of warp(): how far the times are pushed toward noise
+    late: float = 0.97           # the picture's last step begins here (t = 0.89) or later, see progress()
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
-        if odd or self.layers > 999 or self.clock_ticks >= 2 ** 20:
-            raise ValueError(f"{', '.join(odd) or 'layers or clock'}: not positive, or beyond all use")
+        if odd or self.late >= 1 or self.layers > 999 or self.clock_ticks >= 2 ** 20:
+            raise ValueError(f"{', '.join(odd) or 'late, layers or clock'}: not positive, or beyond all use")
         if self.image % self.patch or self.audio_values * self.fps != self.sample_rate * self.step_frames:
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
         if self.width % (8 * self.heads):
@@ -95,8 +95,8 @@ class VideoCodec:
 
     def __init__(self, cfg: Config):
         self.cfg, n = cfg, torch.arange(cfg.step_frames, dtype=torch.float64)
-        basis = torch.cos(math.pi / len(n) * n[:, None] * (n + 0.5)) * math.sqrt(2 / len(n))  # orthonormal
-        basis[0], basis[1:] = basis[0] * 0.5 ** 0.5, basis[1:] * cfg.motion
+        basis = torch.cos(math.pi / len(n) * n[:, None] * (n + 0.5)) * math.sqrt(2 / len(n))  # DCT-II
+        basis[0], basis[1:] = basis[0] * 0.5 ** 0.5, basis[1:] * cfg.motion    # orthonormal but for the gain
         self.basis, self.inverse = basis.float(), basis.inverse().float()
 
     def encode(self, frames: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class VideoCodec:
 
 
 class AudioCodec:
-    """Samples to companded MDCT tokens and back (our choice; the paper has an audio VAE). Token k covers
+    """Samples to companded MDCT spectra and back (our choice; the paper has an audio VAE). Spectrum k covers
     samples [(k - 1) hop, (k + 1) hop) under a sine window, and neighbours cancel each other's aliases: it is
     orthogonal, without seams. The spectrum is companded, sign(c) |c|^p, or its few peaks own the loss."""
 
@@ -135,17 +135,17 @@ class AudioCodec:
         hops = torch.cat([before, samples], 1).view(b, -1, m)          # fails unless whole hops are given
         return self.compress(torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device))
 
-    def decode(self, tokens: Tensor) -> Tensor:
+    def decode(self, spectra: Tensor) -> Tensor:
         """Inverse of encode: a whole film (B, n, hop) -> (B, n hop), whose last hop fades."""
-        samples, tail = self.decode_next(tokens)
+        samples, tail = self.decode_next(spectra)
         return torch.cat([samples[:, self.cfg.hop:], tail], 1)
 
-    def decode_next(self, tokens: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decode_next(self, spectra: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, n, hop) -> samples (B, n hop), one hop late, and the tail (B, hop) for the next call."""
-        m, b = self.cfg.hop, tokens.shape[0]
-        halves = self.expand(tokens) @ self.basis.T.to(tokens.device)  # (B, n, 2 hop)
+        m, b = self.cfg.hop, spectra.shape[0]
+        halves = self.expand(spectra) @ self.basis.T.to(spectra.device)  # (B, n, 2 hop)
         tail = halves.new_zeros(b, m) if tail is None else tail
-        early = torch.cat([tail[:, None], halves[:, :-1, m:]], 1)      # what the token before left over
+        early = torch.cat([tail[:, None], halves[:, :-1, m:]], 1)      # what the spectrum before left over
         return (early + halves[..., :m]).reshape(b, -1), halves[:, -1, m:].clone()
 
     def compress(self, c: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
     return torch.cat([video.flatten(2), audio.reshape(*video.shape[:2], -1)], -1)
 
 
-# ---- Noise schedules: one warp of time for the training density and for every sampling grid. ---------------
+# ---- Noise schedules: one warp of even progress (here u) to time, for the training density and all grids. --
 
 MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
 
@@ -266,7 +266,7 @@ class StepEmbedding(nn.Module):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.size = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False))
-        start = torch.empty(characters, width).uniform_(-1.7, 1.7)
+        start = torch.empty(characters, width).uniform_(-1.7, 1.7)     # normal_() would load a compiler
         self.character = nn.Embedding.from_pretrained(start, freeze=False)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
@@ -342,7 +342,7 @@ class Side(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
-        self.offset = nn.Parameter(torch.zeros(6, 1, d))    # its own modulation; three axes: not for Muon
+        self.offset = nn.Parameter(torch.zeros(6, 1, d))    # its own modulation; Muon takes two axes only
 
     def modulate(self, shared: Tensor) -> tuple[Tensor, ...]:
         """What all blocks share (B, S, 1, 6 D) -> this block's six, each (B, S, 1, D)."""
@@ -356,7 +356,7 @@ class Side(nn.Module):
         return q, k, x[:, :, 2].transpose(1, 2)
 
     def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
-        """Tokens x (B, S, N, D) and what they saw (B, S N, D) -> tokens after this block."""
+        """Tokens x (B, S, N, D), what they saw (B, S N, D), modulate()'s six -> tokens after this block."""
         x = torch.addcmul(x, change[2], self.out(seen.reshape(x.shape)))
         return torch.addcmul(x, change[5], self.feed(normalise(x, *change[3:5])))
 
@@ -377,7 +377,7 @@ class Branch(nn.Module):
         self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, values))
         zero = (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1])
         for weight in nn.ModuleList(zero).parameters():
-            nn.init.zeros_(weight)                                     # adaLN-zero: blocks start as identity
+            nn.init.zeros_(weight)                                     # blocks start as identity, d as unfelt
 
     def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
         """t, d (B, S), character (B,) -> for each block the shift, scale and gate of attention and those of
@@ -493,7 +493,7 @@ class AudioVideoTransformer(nn.Module):
 
     @torch.no_grad()
     def start(self, controls: Controls, window: int | None = None) -> "KVCache":
-        """An empty cache that holds the first frame (or what stands in for it) as its sink."""
+        """A cache that holds the first frame (or what stands in for it), and no chunk yet."""
         cache = KVCache(self.cfg, len(controls.character), window)
         self.trunk({"first": self.first(controls)}, cache.attend_first)
         return cache
@@ -512,7 +512,7 @@ class Band:
                noisy 1          x     x      x          x
                noisy 2          x     x        x          x
 
-    The sink is the first frame (or what stands in for it) and chunk 0 once more. Both are timeless: the half
+    The sink is chunk 0 once more. It and the first frame (or what stands in for it) are timeless: the half
     of their keys that turns with time is zero, so they look the same from any distance, and a stream of any
     length has no position that training never saw (our choice). Only the band is computed: a chunk's rows of
     both kinds together read [first | sink | W chunks before | its history rows | its noisy rows]."""
@@ -539,9 +539,10 @@ class Band:
             columns += [to_sink(history[:, :, :1]).expand(spread), *before]
         return torch.cat([*columns, *rows.unbind(2)], 3)
 
-    def __call__(self, layer: int, parts: dict) -> dict[str, Tensor]:
-        q0, k0, v0 = parts.get("first", (None, None, None))
-        rows = zip(*([x.unflatten(2, (self.kinds, self.chunks, -1)) for x in parts[n]] for n in self.names))
+    def __call__(self, layer: int, qkv: dict) -> dict[str, Tensor]:
+        """Attend: {name: (q, k, v), each (B, H, tokens, P)} -> {name: what its tokens saw (B, tokens, D)}."""
+        q0, k0, v0 = qkv.get("first", (None, None, None))
+        rows = zip(*([x.unflatten(2, (self.kinds, self.chunks, -1)) for x in qkv[n]] for n in self.names))
         q, k, v = (torch.cat(x, 4) for x in rows)                      # (B, H, kinds, C, rows, P)
         q = q.transpose(2, 3).flatten(3, 4)
         k, v = self.columns(k0, k, timeless), self.columns(v0, v, lambda x: x)
@@ -570,17 +571,17 @@ class KVCache:
         self.sink = slice(self.first.stop, self.first.stop + desk)     # and then the ring
         self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
 
-    def attend(self, layer: int, parts: dict) -> dict[str, Tensor]:
-        """The chunk at work sees itself and all that has been committed and not evicted."""
-        q, k, v = (torch.cat(x, 2) for x in zip(*parts.values()))
+    def attend(self, layer: int, qkv: dict) -> dict[str, Tensor]:
+        """The chunk at work sees itself and all that is committed and not evicted (shapes: see Band)."""
+        q, k, v = (torch.cat(x, 2) for x in zip(*qkv.values()))
         self.k[layer, :, :, :self.desk], self.v[layer, :, :, :self.desk] = k, v
         end = self.sink.stop + min(self.count, self.window) * self.desk if self.count else self.first.stop
         seen = attention(q, self.k[layer, :, :, :end], self.v[layer, :, :, :end])
-        return dict(zip(parts, seen.split([part[0].shape[2] for part in parts.values()], 1)))
+        return dict(zip(qkv, seen.split([part[0].shape[2] for part in qkv.values()], 1)))
 
-    def attend_first(self, layer: int, parts: dict) -> dict[str, Tensor]:
+    def attend_first(self, layer: int, qkv: dict) -> dict[str, Tensor]:
         """The first frame sees only itself, and stays."""
-        q, k, v = parts["first"]
+        q, k, v = qkv["first"]
         if layer == 0:
             self.k, self.v = self.kv = k.new_zeros(self.shape)         # on its device, in its precision
         self.k[layer, :, :, self.first], self.v[layer, :, :, self.first] = k, v
@@ -625,7 +626,7 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     for index in range(chunks):
         steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
         script = model.script(controls.chunk(cfg, index), steps)
-        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator).to(device)   # alike on all
+        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator).to(device)   # the CPU's
         if clips is not None:
             truth = clips.unflatten(1, (-1, cfg.chunk))[:, index]
             x = add_noise(truth + error, x, times[0])
@@ -669,11 +670,11 @@ def film_controls(cfg: Config, chunks: int, transcript=None, character=None, fir
 @torch.inference_mode()
 def stream(model, *, seconds: float, transcript=None, character=None, first_frame=None, mode: str = "few",
            steps: int = 4, guidance: float = 1.0, window: int | None = None, seed: int = 0):
-    """Stream one film; a generator of (uint8 frames (F, H, W, 3), float32 samples (N,)), a chunk at a time.
-    transcript: text, or one symbol per frame (cfg.symbols = unknown); None lets the character babble.
-    character: a name or its index, None for anyone. first_frame: uint8 (H, W, 3). mode: "few" large steps (4
-    or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window. The first yield's
-    sound is one hop short, the last brings that hop. Memory does not grow. First next(): ValueErrors."""
+    """Stream one film; yields (uint8 frames (F, image, image, 3), float32 samples (n,), about -1 to 1), chunk
+    by chunk. transcript: text (3 frames a letter) or a symbol a frame (cfg.symbols = unknown), then silence;
+    None: babble. character: a name, its index, or None for anyone. first_frame: like a yielded one. mode:
+    "few" large steps (4 or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window.
+    The first sound is a hop short, the last brings it; memory does not grow. First next(): ValueErrors."""
     cfg, frames = model.cfg, round(seconds * model.cfg.fps)
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
@@ -691,8 +692,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
         picture = video_codec.decode(video)[0, :frames].cpu().numpy()
         frames -= len(picture)
-        samples = samples[0, early:] if frames else torch.cat([samples[0, early:], tail[0]])
-        samples = samples[:rest].cpu().numpy()
+        samples = torch.cat([samples[0, early:], tail[0, :0 if frames else None]])[:rest].cpu().numpy()
         rest -= len(samples)
         yield picture, samples
 
@@ -737,16 +737,16 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
 def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
                   guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
     """One large step must land where two half steps do (ShortCut, section 3.3): the steps of the sampler's
-    grids of 4 and 8 (our choice: longer spans wreck both modes), halved in warped time, but not the picture's
-    last: to land on x_hat is cleaner there than two halves, which teach flicker. Half steps of 8 are the
-    teacher's multi-step mode, guided; of 4 its few-step mode. The error is x_hat's: u's explodes."""
+    grids of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Half steps of 8 are
+    the teacher's multi-step mode, guided; of 4 its few-step mode. The picture's last step stays whole, as
+    halves teach flicker: that mode's one step is its target. The error is x_hat's: that of u explodes."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
-    start, stop = torch.cat([u[:-1] for u in grids]), torch.cat([u[1:] for u in grids])        # (spans, 2)
+    start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
     last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
-    u = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
-    times = each_value(cfg, warp(u, cfg.shift)).to(x)
+    p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
+    times = each_value(cfg, warp(p, cfg.shift)).to(x)
     longer = (span < len(start) - max(cuts))[..., None].to(x)                                 # (B, S, 1)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
@@ -786,7 +786,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache: all states of its
     sampler (see generate), and bool (S,), the latent steps that it made. history: "real" is teacher forcing;
-    "few" its own, after one or two real chunks, so that the film belongs to the clip."""
+    "few" its own, after one real chunk, or at random two of four or more (of one alone nothing is made)."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
     given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
     films = generate(model, controls, chunks, times, clips=x, given=given, forced=history == "real")
@@ -798,10 +798,10 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
                         flow: float = 0.3, shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4,
                         guidance: float = 1.0, score_chunk: int | None = None) -> tuple[dict, dict]:
     """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
-    multi-step mode teaches (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's,
-    whose chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real"
-    teacher forcing. Our choice: rows are divided among the objectives, and flow weighs less (at 1 its noise
-    drowns the others). Returns the weighted losses by term, and logs."""
+    two modes teach (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's, whose
+    chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real" is
+    teacher forcing. steps: of rollout and DMD. Our choice: rows are dealt to the objectives in turn (too few
+    serve twice), and flow weighs less (at 1 its noise drowns the others). Returns {term: loss}, and logs."""
     b, times = len(x), time_grid(model.cfg, steps).to(x)
     weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
     rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}
@@ -809,7 +809,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
     # 1. The few-step mode rolls out the history, without gradient: DMD's films from noise, others from the
     #    real chunks at late times of the grid (our choice: after one that wanders the real chunk is a jump).
     if history == "few" or dmd:
-        begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)   # (B, 1, 1)
+        begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)   # (B, 1, E)
         begin[rows.get("dmd", [])] = 0
         states, made = rollout(model, x, controls, torch.maximum(times, begin), history)
     past = states[-1] if history == "few" else x

@@ -33,7 +33,7 @@ SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
 # ---- The ruler: what can be measured of a talker's film. It knows the world, not the model. ----------------
 
-WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds; the first second is the reference of the drifts
+WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds; drifts are from the first one (voice: 16 voiced frames)
 HELD_OUT = 2 ** 40                                         # first word of the seeds that training never draws
 TALKERS_ONLY = ("transcript_error", "lip", "sync", "sync_lag_ms", "voice_drift", "letter_margin",
                 "letter_spread")                           # figures that mean nothing for real clips
@@ -457,12 +457,12 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
     turns += [(next(film), train.clock(device))[1] for _ in range(more) for film in (old, new)]
     whole, (model_ms, codec_ms, _) = turns[0] - times[0], 1000 * np.diff(times).reshape(-1, 3).T
     last, fresh = 1000 * np.median(np.diff(turns).reshape(-1, 2), 0)
-    frames, middle = batch * chunks * cfg.chunk_frames, np.median(model_ms)
+    frames, middle, memory = batch * chunks * cfg.chunk_frames, np.median(model_ms), train.peak_memory(device)
     return {"size": size, **settings, "seconds": seconds, "first_chunk_ms": 1000 * (times[2] - times[0]),
             "chunk_ms_median": middle, "chunk_ms_p95": np.quantile(model_ms, 0.95), "chunk_ms_last": last,
             "chunk_ms_new": fresh, "fps_model": 1000 * frames / model_ms.sum(),
             "fps_codec": 1000 * frames / codec_ms.sum(), "fps_end_to_end": frames / whole,
-            "real_time_factor": frames / whole / cfg.fps, "peak_memory_mb": train.peak_memory(device),
+            "real_time_factor": frames / whole / cfg.fps, "peak_memory_mb": memory,
             "limit_share": 1000 * products.alone(device) / middle}
 
 
@@ -527,14 +527,18 @@ def film_settings(args, cfg: Config) -> dict:
 
 
 def benchmark(args) -> dict:
-    """Rows of BENCHMARK: the checkpoint at its own size, random weights at others."""
-    rows = []
-    for change in tqdm(BENCHMARK, disable=None):
-        model = load_checkpoint(args.checkpoint)[0]
-        if change.get("size", model.cfg.image) != model.cfg.image:
-            model = AudioVideoTransformer(replace(model.cfg, image=change["size"]))
-        rows.append(time_films(train.in_precision(model.to(args.device), args.precision), **change))
+    """Rows of BENCHMARK, each measured by a process of its own."""
+    load_checkpoint(args.checkpoint)                       # or say why not
+    rows = [train.apart(benchmark_row, args, change) for change in tqdm(BENCHMARK, disable=None)]
     return {"machine": train.machine(args.device), "rows": rows}
+
+
+def benchmark_row(args, change: dict) -> dict:
+    """A row: the checkpoint at its own size, random weights at others."""
+    model = load_checkpoint(args.checkpoint)[0]
+    if change.get("size", model.cfg.image) != model.cfg.image:
+        model = AudioVideoTransformer(replace(model.cfg, image=change["size"]))
+    return time_films(train.in_precision(model.to(args.device), args.precision), **change)
 
 
 def make_film(args) -> tuple[dict, int]:
@@ -590,7 +594,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("sample.mp4"), help="film.mp4, .gif, .wav or .png (a filmstrip)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
-    add("--precision", choices=("fp32", "bf16"), help="of the network; default: what is faster here")
+    add("--precision", choices=("fp32", "bf16"), help="default: what is faster here; to score, fp32")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--talkers", type=int, default=32, help="films to score")
     add("--data", type=Path, help="folder of clips to score against, instead of talkers")

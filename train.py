@@ -13,6 +13,7 @@ import errno
 import hashlib
 import html
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -22,6 +23,7 @@ import sys
 import time
 import timeit
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -460,8 +462,6 @@ def average_gradients(weights: list[torch.Tensor]) -> None:
 
 def shard(net: AudioVideoTransformer, device: str) -> None:
     """Divide a network's weights among the processes (FSDP2); each block's are gathered while it works."""
-    if isinstance(net.no_first, DTensor):                  # a teacher, in a stage before
-        return
     warnings.filterwarnings("ignore", "FSDP2-wrapped")     # of views changed in place: none is here
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
     verbs = dict.fromkeys([*net.video.sides, *net.audio.sides], ("modulate", "project", "finish"))
@@ -472,7 +472,7 @@ def shard(net: AudioVideoTransformer, device: str) -> None:
 
 
 def anyone(wish, device: str) -> bool:
-    """Whether any of the processes wishes it."""
+    """Whether any of the processes wishes it; all wait for all."""
     wishes = torch.tensor(float(bool(wish)), device=device)
     if process()[1] > 1:
         dist.all_reduce(wishes)
@@ -568,7 +568,7 @@ class State:
             self.fake = self.nets["fake"] = copy.deepcopy(args.real or model).requires_grad_(True)
         for name, weight in model.named_parameters():
             weight.requires_grad_(stage != "mutual" or branch_of(name) != args.freeze)
-        for net in (*self.nets.values(), args.real):
+        for net in (*self.nets.values(), args.real if stage == "mutual" else None):
             if net:
                 shard(net, args.device) if args.shard else net.to(args.device)
         self.optimizers = {"model": optimizers_of(self.model, 1)}
@@ -644,8 +644,8 @@ def batch_of(args, seconds: float) -> int:
 
 
 def train_step(state: State, args) -> dict[str, float]:
-    """One step of the state's stage; returns the figures to log, of this process's last part of the batch.
-    Raises TrainingError at a loss of NaN."""
+    """One step of the state's stage; returns the figures to log, of this process's last part of the batch
+    (and norms of that part's share). Raises TrainingError at a loss of NaN."""
     index, usual, (rank, ranks) = list(STAGES).index(state.stage), STAGES[state.stage], process()
     seconds, parts = args.seconds[state.step % len(args.seconds)], ranks * args.accumulate   # lengths in turn
     size, bf16 = batch_of(args, seconds) // parts, args.precision == "bf16"
@@ -776,8 +776,16 @@ def peak_memory(device) -> int:
     """The most memory held so far, in MiB: of the device, or of this process."""
     if torch.device(device).type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2 ** 20)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(most / (2 ** 20 if sys.platform == "darwin" else 2 ** 10))            # bytes there, KiB here
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2 ** 20
+    said = Path("/proc/self/status").read_text()           # elsewhere ru_maxrss begins with the parent's
+    return int(re.search(r"VmHWM:\s+(\d+) kB", said)[1]) // 2 ** 10
+
+
+def apart(function, *args):
+    """function(*args), by a process of its own, whose peak memory is then of this alone."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def machine(device) -> str:
@@ -802,11 +810,8 @@ def faster_precision(device) -> str:
 
 
 def in_precision(model: AudioVideoTransformer, precision: str | None) -> AudioVideoTransformer:
-    """Turn a model's weights (not its tables of phases) to fp32 or bf16; by default to the faster here."""
-    dtype = PRECISIONS[precision or faster_precision(model.no_first.device)]
-    for weight in model.parameters():
-        weight.data = weight.data.to(dtype)
-    return model
+    """Turn a model's weights to fp32 or bf16; by default to the faster here."""
+    return model.to(PRECISIONS[precision or faster_precision(model.no_first.device)])
 
 
 def markdown(rows: list[dict]) -> str:
@@ -823,22 +828,33 @@ def markdown(rows: list[dict]) -> str:
 
 def benchmark(args, cfg: Config) -> dict:
     """Seconds of one step of each stage, of the parts of stage 3 on their share of the rows, and of
-    Self-Forcing's recipe, each beside its matrix products alone; memory is the most so far."""
-    rows, device, args.seconds, args.dmd = [], args.device, args.seconds[:1], 1 / 3
-    model = AudioVideoTransformer(cfg).to(device)
+    Self-Forcing's recipe, each beside its matrix products alone; and the most memory that a step holds."""
+    args.seconds, args.dmd = args.seconds[:1], 1 / 3
+    rows = sum((apart(time_stage, args, cfg, stage, f"stage {stage}") for stage in STAGES), [])
+    args.flow, args.shortcut, args.dmd = 0.0, 0.0, 1.0
+    args.real, args.real_whole = AudioVideoTransformer(cfg), True
+    rows += apart(time_stage, args, cfg, "mutual", "Self-Forcing")
+    return {"machine": machine(args.device), "rows": rows}
+
+
+def time_stage(args, cfg: Config, stage: str, name: str) -> list[dict]:
+    """Rows of the benchmark: a step, and of Mutual Forcing its parts."""
+    rows, device = [], args.device
+    state = State(AudioVideoTransformer(cfg).to(device), stage, args)
 
     def add(what: str, function):
         function()
         with Products() as products:
             function()
         seconds = fastest(function, device, 3)
+        memory = None if rows else peak_memory(device)     # parts come after the whole
         rows.append({"what": what, "seconds": seconds, "limit_share": products.alone(device) / seconds,
-                     "peak_memory_mb": peak_memory(device)})
+                     "peak_memory_mb": memory})
 
-    for stage in STAGES:
-        state = State(copy.deepcopy(model), stage, args)
-        add(f"a step of stage {stage}", lambda: train_step(state, args))
-    x, controls = film_batch(model, talk, 0, 0, 0, range(args.batch), args.seconds[0])
+    add(f"a step of {name}", lambda: train_step(state, args))
+    if stage != "mutual" or args.real:
+        return rows
+    x, controls = film_batch(state.model, talk, 0, 0, 0, range(args.batch), args.seconds[0])
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], controls.each(lambda c: c[third])
     times, student = time_grid(cfg, 4).to(device), state.model
@@ -852,11 +868,7 @@ def benchmark(args, cfg: Config) -> dict:
                 ("DMD", lambda: dmd_loss(student, states, some, said, **own)),
                 ("fake score", lambda: flow_matching_loss(state.fake, states[-1], some, said, made=made))):
             add(what, lambda: loss()[0].backward())
-    args.flow, args.shortcut, args.dmd = 0.0, 0.0, 1.0
-    args.real, args.real_whole = copy.deepcopy(state.ema), True
-    forcing = State(copy.deepcopy(model), "mutual", args)
-    add("a step of Self-Forcing", lambda: train_step(forcing, args))
-    return {"machine": machine(device), "rows": rows}
+    return rows
 
 
 # ---- The paper's claims, put to the test. ------------------------------------------------------------------
@@ -919,10 +931,10 @@ def train_arm(name: str, seed: int, args, arms: dict) -> Path:
     options, scores = ARMS[name]
     for before in re.findall(r"{out}/(\S+)-0/", options):
         train_arm(before, 0, args, arms)
-    folder, options = args.out / f"{name}-{seed}", options.format(init=args.init, out=args.out).split()
+    folder, options = args.out / f"{name}-{seed}", [word.format(**vars(args)) for word in options.split()]
     arm = build_parser().parse_args([*options, "--seed", str(seed), "--out", str(folder)])
     arm.device, arm.precision, made = args.device, args.precision, folder / f"{arm.stage}.pt"
-    if folder.name not in arms or not made.exists():
+    if folder.name not in arms or not made.exists() or load_checkpoint(made)[1]["step"] < arm.steps:
         arm.resume = (folder / "resume.pt").exists()
         run(arm)
         model = load_checkpoint(made)[0]
@@ -1018,7 +1030,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--shard", action="store_true", help="with torchrun: divide the weights among the processes too")
     add("--accumulate", type=count, default=1, help="passes that share a step's clips, for a small device")
     add("--lr", type=number(float, 1e-12, 1), help=f"learning rate; default {default['lr']}")
-    add("--history", choices=("real", "few"), default="few", help="stage 3: its own or real")
+    add("--history", choices=("real", "few"), default="few", help="stage 3: made in few-step mode, or real")
     add("--flow", type=weight, default=0.3, help="stage 3: weight of flow matching; Self-Forcing has none")
     add("--shortcut", type=weight, default=2 / 3, help="stage 3: weight of ShortCut")
     add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD")
