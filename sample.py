@@ -2,7 +2,7 @@
 `python sample.py --evaluate assets/talker.pt` prints a table. The method is in mutual_forcing.py.
 """
 import signal
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):                # the latter: see apart() in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
 
 import argparse

@@ -1,7 +1,7 @@
 """Train Mutual Forcing on the synthetic talker or on clips: the world, the data and one flat loop (the
 method is in mutual_forcing.py). `python train.py` runs all stages; with `--preset tiny` in minutes."""
 import signal
-if __name__ == "__main__":
+if __name__ in ("__main__", "__mp_main__"):                # the latter: see apart()
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
 
 import argparse
