@@ -1,6 +1,5 @@
 """Make a film with a checkpoint, or score checkpoints with the ruler. `python sample.py` writes sample.mp4;
-`python sample.py --evaluate assets/talker.pt` prints a table. The method is in mutual_forcing.py.
-"""
+`python sample.py --evaluate assets/talker.pt` prints a table. The method is in mutual_forcing.py."""
 import signal
 if __name__ in ("__main__", "__mp_main__"):                # the latter: see apart() in train.py
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
@@ -424,8 +423,7 @@ def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
         yield from generate(model, controls, chunks, times, few=mode == "few", guidance=guidance)
     for _ in range(0 if cache else chunks):
         x = torch.randn(batch, s, cfg.step_values, device=times.device)
-        sizes = times.diff(dim=0)
-        states = denoise(lambda x, k: model(x, times[k], sizes[k], controls, None, s), x, times)
+        states = denoise(lambda x, k: model(x, times[k], times.diff(dim=0)[k], controls, None, s), x, times)
         yield [state[:, -cfg.chunk:] for state in states]
 
 
@@ -528,9 +526,8 @@ def film_settings(args, cfg: Config) -> dict:
 
 def benchmark(args) -> dict:
     """Rows of BENCHMARK, each measured by a process of its own."""
-    load_checkpoint(args.checkpoint)                       # or say why not
-    rows = [train.apart(benchmark_row, args, change) for change in tqdm(BENCHMARK, disable=None)]
-    return {"machine": train.machine(args.device), "rows": rows}
+    return {"machine": train.machine(args.device), "rows": [
+        train.apart(benchmark_row, args, change) for change in tqdm(BENCHMARK, disable=None)]}
 
 
 def benchmark_row(args, change: dict) -> dict:

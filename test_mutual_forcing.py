@@ -126,6 +126,8 @@ def test_warp_is_monotone_and_shared_by_grid_and_density():
         [0, 0, 0, 0, 1]))[:, None], atol=1e-6)             # the picture's last step begins late
     video, audio = (part[..., 0] for part in mf.cut_branches(TINY, mf.time_grid(TINY, 50)))
     assert torch.allclose(video, audio)                    # unless it does so anyway
+    with pytest.raises(ValueError):
+        Config(late=1.0)                                   # a last step of no length
     cfg = replace(TINY, image=8, patch=8)
     video, audio = mf.cut_branches(cfg, mf.draw_times(cfg, torch.zeros(20, 1000, cfg.step_values), 2))
     for drawn in (video, audio):
@@ -631,9 +633,8 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, caps
 
 def test_training_refuses_bad_input(tmp_path, capsys):
     for wrong in (["--init", "missing.pt"], ["--resume"], ["--seconds", "0.1"], ["--config", "depth=3"],
-                  ["--config", "width=30"], ["--config", "late=1"], ["--steps", "0"], ["--seed", "-1"],
-                  ["--tables", "README.md"], ["--reproduce"],
-                  ["--stage", "mutual", "--flow", "0", "--shortcut", "0", "--dmd", "0"],
+                  ["--config", "width=30"], ["--steps", "0"], ["--seed", "-1"], ["--tables", "README.md"],
+                  ["--reproduce"], ["--stage", "mutual", "--flow", "0", "--shortcut", "0", "--dmd", "0"],
                   ["--stage", "mutual", "--batch", "4", "--accumulate", "2"]):        # no equal parts
         assert run_training(tmp_path, *wrong) == 2 and len(complaints(capsys)) == 1
 
@@ -1279,8 +1280,8 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg|self)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1220), ("sample.py", 653),
-                                          ("test_mutual_forcing.py", 1347)])
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1220), ("sample.py", 650),
+                                          ("test_mutual_forcing.py", 1348)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
