@@ -65,7 +65,8 @@ class Config:
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
         if odd or self.late >= 1 or self.layers > 999 or self.clock_ticks >= 2 ** 20:
             raise ValueError(f"{', '.join(odd) or 'late, layers or clock'}: not positive, or beyond all use")
-        if self.image % self.patch or self.audio_values * self.fps != self.sample_rate * self.step_frames:
+        whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
+        if self.image % self.patch or self.hop % self.bands or not whole:
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
         if self.width % (8 * self.heads):
             raise ValueError("width / heads must be a multiple of 8 (three axes share the rotary pairs)")
@@ -128,25 +129,25 @@ class AudioCodec:
         basis = window * math.sqrt(2 / m) * torch.cos(math.pi / m * (n + 0.5 + m / 2) * (k + 0.5))
         self.basis = basis.float()                                     # (2 hop, hop)
 
-    def encode(self, samples: Tensor, before: Tensor | None = None) -> Tensor:
-        """Samples (B, n hop) in [-1, 1], and the hop before (zeros at a film's start) -> (B, n, hop)."""
-        m, b = self.cfg.hop, samples.shape[0]
-        before = samples.new_zeros(b, m) if before is None else before
-        hops = torch.cat([before, samples], 1).view(b, -1, m)          # fails unless whole hops are given
-        return self.compress(torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device))
+    def encode(self, samples: Tensor) -> Tensor:
+        """A whole film (B, n) in [-1, 1], n in whole latent steps -> (B, S, N, audio_dim)."""
+        hops = F.pad(samples, (self.cfg.hop, 0)).unflatten(1, (-1, self.cfg.hop))      # silence comes before
+        spectra = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device)
+        return self.compress(spectra).reshape(len(samples), -1, self.cfg.audio_tokens, self.cfg.audio_dim)
 
-    def decode(self, spectra: Tensor) -> Tensor:
-        """Inverse of encode: a whole film (B, n, hop) -> (B, n hop), whose last hop fades."""
-        samples, tail = self.decode_next(spectra)
-        return torch.cat([samples[:, self.cfg.hop:], tail], 1)
+    def decode(self, x: Tensor) -> Tensor:
+        """Inverse of encode: a whole film (B, S, N, audio_dim) -> (B, n), whose last hop fades."""
+        return torch.cat(self.decode_next(x), 1)
 
-    def decode_next(self, spectra: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, n, hop) -> samples (B, n hop), one hop late, and the tail (B, hop) for the next call."""
-        m, b = self.cfg.hop, spectra.shape[0]
-        halves = self.expand(spectra) @ self.basis.T.to(spectra.device)  # (B, n, 2 hop)
-        tail = halves.new_zeros(b, m) if tail is None else tail
-        early = torch.cat([tail[:, None], halves[:, :-1, m:]], 1)      # what the spectrum before left over
-        return (early + halves[..., :m]).reshape(b, -1), halves[:, -1, m:].clone()
+    def decode_next(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, S, N, audio_dim) -> samples (B, n), at a film's start a hop short, and the tail (B, hop): for
+        the next call to take, or the film's end."""
+        m = self.cfg.hop
+        halves = self.expand(x).reshape(len(x), -1, m) @ self.basis.T.to(x.device)     # (B, hops, 2 hop)
+        samples = halves[:, :-1, m:] + halves[:, 1:, :m]
+        if tail is not None:
+            samples = torch.cat([(tail + halves[:, 0, :m])[:, None], samples], 1)
+        return samples.flatten(1), halves[:, -1, m:].clone()
 
     def compress(self, c: Tensor) -> Tensor:
         """Spectrum -> about unit variance, few peaks."""
@@ -170,7 +171,7 @@ def split(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def join(video: Tensor, audio: Tensor) -> Tensor:
     """Inverse of split: a chunk is the same whole number of latent steps in both modalities."""
-    return torch.cat([video.flatten(2), audio.reshape(*video.shape[:2], -1)], -1)
+    return torch.cat([video.flatten(2), audio.flatten(2)], -1)
 
 
 # ---- Noise schedules: one warp of even progress (here u) to time, for the training density and all grids. --
@@ -688,11 +689,10 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
         video, audio = split(cfg, states[-1])
-        early = cfg.hop if tail is None else 0                         # before the film's first sample
-        samples, tail = audio_codec.decode_next(audio.reshape(1, -1, cfg.hop), tail)
+        samples, tail = audio_codec.decode_next(audio, tail)
         picture = video_codec.decode(video)[0, :frames].cpu().numpy()
         frames -= len(picture)
-        samples = torch.cat([samples[0, early:], tail[0, :0 if frames else None]])[:rest].cpu().numpy()
+        samples = torch.cat([samples[0], tail[0, :0 if frames else None]])[:rest].cpu().numpy()
         rest -= len(samples)
         yield picture, samples
 

@@ -258,7 +258,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
             frames.append(codec.decode(video).cpu())
-            tokens.append(audio.reshape(len(audio), -1, cfg.hop).cpu())
+            tokens.append(audio.cpu())
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
     frames, samples = (np.concatenate(x) for x in zip(*made))
@@ -446,7 +446,7 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
             frames = video_codec.decode(video).cpu().numpy()
-            samples, tail = audio_codec.decode_next(audio.reshape(batch, -1, cfg.hop), tail)
+            samples, tail = audio_codec.decode_next(audio, tail)
             times.append(train.clock(device))
             writer.add(frames[0], samples[0].cpu().numpy())
             times.append(train.clock(device))

@@ -387,9 +387,9 @@ def drawer(clips: list[Film] | None, stage: str):
         clip, hop = able[rng.integers(len(able))], cfg.sample_rate // cfg.fps
         start = int(rng.integers(len(clip.symbols) - 2 * cfg.margin - length + 1))
         frames, samples = clip.frames[start:start + length], clip.samples[start * hop:(start + length) * hop]
-        return Film(frames if len(frames) else np.zeros((length, cfg.image, cfg.image, 3), np.uint8),
-                    np.pad(samples, (0, length * hop - len(samples))),
-                    clip.symbols[start:start + length + 2 * cfg.margin], clip.character)
+        frames = frames if len(frames) else np.zeros((length, cfg.image, cfg.image, 3), np.uint8)
+        return clip._replace(frames=frames, samples=np.pad(samples, (0, length * hop - len(samples))),
+                             symbols=clip.symbols[start:start + length + 2 * cfg.margin])
 
     return draw
 
@@ -491,6 +491,7 @@ class StageDefaults(NamedTuple):
 
 STAGES = {"video": StageDefaults(500, 1e-3, 0.999), "audio": StageDefaults(600, 1e-3, 0.999),
           "joint": StageDefaults(13000, 1e-3, 0.999), "mutual": StageDefaults(300, 2e-5, 0.99, 0.6)}
+OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
 
@@ -598,23 +599,22 @@ class State:
 
 def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
-    names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", "flow", "shortcut",
-             "dmd", "guidance", "whole", "init", "teacher", "freeze", "precision")
+    names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", *OBJECTIVES,
+             "guidance", "whole", "init", "teacher", "freeze", "precision")
     said = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
-    clips = args.clips and fingerprint(args.clips)
-    return said | {"clips": clips, "defaults": {stage: list(value) for stage, value in STAGES.items()}}
+    return said | {"clips": args.clips and fingerprint(args.clips),
+                   "defaults": {stage: list(value) for stage, value in STAGES.items()}}
 
 
 def losses_of(state: State, x: torch.Tensor, controls: Controls, args) -> tuple[dict, dict]:
     """The losses of this step by term, and figures to log."""
-    steps = x.shape[1]
     if state.stage == "mutual":
         return mutual_forcing_loss(
             state.model, x, controls, teacher=state.ema, real=args.real or state.ema, fake=state.fake,
-            flow=args.flow, shortcut=args.shortcut, dmd=args.dmd, steps=8 if state.step % 4 == 3 else 4,
-            history=args.history, guidance=args.guidance, score_chunk=steps if args.real_whole else None)
+            steps=8 if state.step % 4 == 3 else 4, history=args.history, guidance=args.guidance,
+            score_chunk=x.shape[1] if args.real_whole else None, **{n: getattr(args, n) for n in OBJECTIVES})
     branches = (state.stage,) if state.stage in BRANCHES else BRANCHES
-    history, chunk = (None, steps) if args.whole else (x, None)
+    history, chunk = (None, x.shape[1]) if args.whole else (x, None)
     loss, logs = flow_matching_loss(state.model, x, history, controls, chunk=chunk, branches=branches)
     return {"flow": loss}, logs
 
@@ -1022,7 +1022,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--init", type=Path, help="checkpoint to start from")
     add("--resume", action="store_true", help="go on from where the run in --out was interrupted")
     add("--preset", choices=("tiny",), help="tiny: every stage in under three minutes, to see it all work")
-    add("--config", nargs="+", default=[], metavar="FIELD=N", help="sizes of a new model, see Config")
+    add("--config", nargs="+", action="extend", default=[], metavar="FIELD=N", help="sizes of a new model")
     add("--steps", type=count, help=f"of each stage; default {default['steps']}")
     add("--data", type=Path, help="folder of clips with sound to train on, instead of the talker")
     add("--batch", type=count, default=8, help="clips of the first length in a step")
@@ -1076,7 +1076,7 @@ def check(args, cfg: Config) -> None:
     if not all(least <= seconds <= cfg.clock / 2 for seconds in args.seconds):
         raise TrainingError(f"--seconds must be between {least} and {cfg.clock / 2}")
     parts = args.accumulate * process()[1]
-    terms = (args.flow > 0) + (args.shortcut > 0) + (args.dmd > 0)
+    terms = sum(getattr(args, name) > 0 for name in OBJECTIVES)
     if not terms:
         raise TrainingError("--flow, --shortcut and --dmd: one of them must weigh more than 0")
     rows = parts * (terms if args.stage in ("mutual", "all") else 1)
