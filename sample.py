@@ -586,14 +586,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=number(int, 1, 1000), help="evaluations a chunk; default 4, in --mode multi 50")
     add("--guidance", type=number(float, 0, 1000), default=1.0, help="other than 1 doubles the evaluations")
     add("--window", type=int, help="chunks of history, at most what training saw")
-    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--out", type=Path, default=Path("sample.mp4"), help="film.mp4, .gif, .wav or .png (a filmstrip)")
+    add("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="another film; default %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--out", type=Path, default=Path("sample.mp4"), help=".mp4 (default sample.mp4), .gif, .wav or .png")
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
     add("--precision", choices=("fp32", "bf16"), help="default: what is faster here; to score, fp32")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
-    add("--talkers", type=int, default=32, help="films to score")
+    add("--talkers", type=int, default=32, help="films to score; default %(default)s")
     add("--data", type=Path, help="folder of clips to score against, instead of talkers")
     return parser
 
