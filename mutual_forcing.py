@@ -47,24 +47,26 @@ class Config:
     step_frames: int = 2         # frames of one latent step
     patch: int = 16              # height and width of a video token in pixels
     sample_rate: int = 8000      # samples per second
-    motion: float = 4.0          # gain on how the frames of a latent step differ
+    motion: float = 2.5          # gain on how a frame differs from the one before
+    seam: float = 4.0            # gain (from 1) on how two pixels differ across a border of patches
     step_sounds: int = 4         # hops of sound in one latent step
     bands: int = 2               # audio tokens of one hop: low and high half of its spectrum
     compand: float = 0.35        # exponent that tames the peaks of the sound's spectrum
     sound_scale: float = 6.4     # brings the companded spectrum to about unit variance
     chunk: int = 4               # latent steps made at a time: half a second
-    window: int = 2              # W, chunks of history seen beside the sink: in longer ones errors add up
+    window: int = 2              # W, chunks of history seen beside the sink (see Band): more, and errors grow
     symbols: int = 27            # letters of the transcript and silence; one more stands for "unknown"
     margin: int = 4              # frames of transcript seen before and after a chunk
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
     clock: int = 16              # seconds after which every rotary phase in time has come round
-    shift: float = 4.0           # of warp(): how far the times are pushed toward noise
-    late: float = 0.97           # the picture's last step begins here (t = 0.89) or later, see progress()
+    video_shift: float = 12.0    # of warp(): how far times are pushed toward noise; more for the picture, as
+    audio_shift: float = 4.0     # its codec enlarges mouths: at equal progress both have chosen a letter
+    late: float = 0.99           # progress at which its last step begins (t = 0.89) or later, see progress()
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
-        if odd or self.late >= 1 or self.layers > 999 or self.clock_ticks >= 2 ** 20:
-            raise ValueError(f"{', '.join(odd) or 'late, layers or clock'}: not positive, or beyond all use")
+        if odd or self.late >= 1 or self.motion < 1 or self.layers > 999 or self.clock_ticks >= 2 ** 20:
+            raise ValueError(f"{', '.join(odd) or 'motion, late, layers or clock'}: beyond all use")
         whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
         if self.image % self.patch or self.hop % self.bands or not whole:
             raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
@@ -83,6 +85,7 @@ class Config:
     video_values = property(lambda c: c.video_tokens * c.video_dim)        # of a latent step
     audio_values = property(lambda c: c.audio_tokens * c.audio_dim)        # of a latent step
     step_values = property(lambda c: c.video_values + c.audio_values)      # E
+    shifts = property(lambda c: torch.tensor([c.video_shift, c.audio_shift]))      # of warp()
     clock_ticks = property(lambda c: c.clock * c.fps * c.step_sounds // c.step_frames)
     chunk_frames = property(lambda c: c.chunk * c.step_frames)
     chunk_seconds = property(lambda c: c.chunk_frames / c.fps)
@@ -91,30 +94,37 @@ class Config:
 # ---- Codecs: fixed, exact, streamable. A fork puts pretrained VAEs here, as the paper has. -----------------
 
 class VideoCodec:
-    """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). A token holds cosines
-    over the frames of a latent step; motion has a hundredth of the energy, and is enlarged, or films jerk."""
+    """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). How frames change and
+    how patches differ at their border is little, but there the eye sees errors, as flicker and seams: tokens
+    hold both enlarged, and decoding shrinks errors in them (not what lasts, as a wrong colour does)."""
 
     def __init__(self, cfg: Config):
-        self.cfg, n = cfg, torch.arange(cfg.step_frames, dtype=torch.float64)
-        basis = torch.cos(math.pi / len(n) * n[:, None] * (n + 0.5)) * math.sqrt(2 / len(n))  # DCT-II
-        basis[0], basis[1:] = basis[0] * 0.5 ** 0.5, basis[1:] * cfg.motion    # orthonormal but for the gain
-        self.basis, self.inverse = basis.float(), basis.inverse().float()
+        self.cfg, self.lap = cfg, torch.eye(cfg.image)     # prefilter of a lapped transform, of one axis
+        for border in range(cfg.patch, cfg.image, cfg.patch):
+            for k in range(cfg.patch // 2):                # mirrored pixels differ seam / (k + 1) times
+                pair, more = torch.tensor([border + k, border - k - 1]), max(0, cfg.seam / (k + 1) - 1) / 2
+                self.lap[pair] += more * (self.lap[pair] - self.lap[pair.flip(0)])
 
     def encode(self, frames: Tensor) -> Tensor:
-        """uint8 (B, F, image, image, 3), F a multiple of step_frames -> (B, S, N, video_dim)."""
-        cfg, b = self.cfg, len(frames)
-        assert frames.shape[2:] == (cfg.image, cfg.image, 3), frames.shape
-        x = frames.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
-        x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(5).flatten(2, 3).float() / 127.5 - 1
-        return (self.basis.to(x.device) @ x).flatten(3)                # (B, S, N, step_frames, 3 patch^2)
+        """A whole film, uint8 (B, F, image, image, 3), F in whole latent steps -> (B, S, N, video_dim)."""
+        cfg, b, lap = self.cfg, len(frames), self.lap.to(frames.device)
+        x = torch.einsum("yh,bfhwc,xw->bfyxc", lap, frames / 127.5 - 1, lap)
+        x = x + (cfg.motion - 1) * x.diff(dim=1, prepend=x[:, :1])
+        x = x.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
+        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(2, 3)
 
     def decode(self, x: Tensor) -> Tensor:
-        """Inverse of encode, clipped: (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
-        cfg, b = self.cfg, x.shape[0]
-        x = self.inverse.to(x) @ x.unflatten(3, (cfg.step_frames, -1))
-        x = x.reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
+        """Inverse of encode, clipped: a whole film (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
+        return self.decode_next(x)[0]
+
+    def decode_next(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, S, N, video_dim) -> uint8 frames, and the last, unrounded, for the next call (None: start)."""
+        cfg, b, frames, lap = self.cfg, len(x), [], self.lap.inverse().to(x.device)
+        x = x.to(lap).reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, -1, cfg.image, cfg.image, 3)
-        return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        for frame in torch.einsum("yh,bfhwc,xw->bfyxc", lap, x, lap).unbind(1):
+            frames.append(last := frame if last is None else last + (frame - last) / cfg.motion)
+        return ((torch.stack(frames, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), last
 
 
 class AudioCodec:
@@ -131,31 +141,24 @@ class AudioCodec:
 
     def encode(self, samples: Tensor) -> Tensor:
         """A whole film (B, n) in [-1, 1], n in whole latent steps -> (B, S, N, audio_dim)."""
-        hops = F.pad(samples, (self.cfg.hop, 0)).unflatten(1, (-1, self.cfg.hop))      # silence comes before
-        spectra = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device)
-        return self.compress(spectra).reshape(len(samples), -1, self.cfg.audio_tokens, self.cfg.audio_dim)
+        cfg, hops = self.cfg, F.pad(samples, (self.cfg.hop, 0)).unflatten(1, (-1, self.cfg.hop))
+        c = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device)     # the spectrum
+        c = c.sign() * c.abs() ** cfg.compand * cfg.sound_scale        # about unit variance, few peaks
+        return c.reshape(len(samples), -1, cfg.audio_tokens, cfg.audio_dim)
 
     def decode(self, x: Tensor) -> Tensor:
         """Inverse of encode: a whole film (B, S, N, audio_dim) -> (B, n), whose last hop fades."""
         return torch.cat(self.decode_next(x), 1)
 
     def decode_next(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, S, N, audio_dim) -> samples (B, n), at a film's start a hop short, and the tail (B, hop): for
-        the next call to take, or the film's end."""
+        """(B, S, N, audio_dim) -> samples (B, n), at first a hop short; and (B, hop) for the next to take."""
         m = self.cfg.hop
-        halves = self.expand(x).reshape(len(x), -1, m) @ self.basis.T.to(x.device)     # (B, hops, 2 hop)
+        c = x.sign() * (x.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
+        halves = c.reshape(len(x), -1, m) @ self.basis.T.to(x.device)  # (B, hops, 2 hop)
         samples = halves[:, :-1, m:] + halves[:, 1:, :m]
         if tail is not None:
             samples = torch.cat([(tail + halves[:, 0, :m])[:, None], samples], 1)
         return samples.flatten(1), halves[:, -1, m:].clone()
-
-    def compress(self, c: Tensor) -> Tensor:
-        """Spectrum -> about unit variance, few peaks."""
-        return c.sign() * c.abs() ** self.cfg.compand * self.cfg.sound_scale
-
-    def expand(self, z: Tensor) -> Tensor:
-        """Inverse of compress."""
-        return z.sign() * (z.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
 
 
 def cut_branches(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,16 +182,16 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
 
 
-def warp(u, shift: float = Config.shift):
-    """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice): pixel
-    patches are redundant, at t = 0.25 one gives itself away, and all that is global is decided below it."""
+def warp(u, shift=Config.audio_shift):
+    """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice): tokens
+    are redundant, a pixel patch gives itself away at t = 0.25, and all that is global is decided before."""
     return u / (u + shift * (1 - u))
 
 
 def progress(cfg: Config, steps: int) -> Tensor:
-    """A sampler's grid as u of warp(), for video and audio (steps + 1, 2). Our choice: even, but for a late
-    begin of the picture's last step: that evaluation draws what the eye sees, and at t = 0.43 cannot yet draw
-    the same wall twice. Sound needs its steps where they are: they decide on the letter."""
+    """A sampler's grid as u of warp(), for video and audio (steps + 1, 2). Our choice: even for sound,
+    whose steps decide on the letter; of the picture all but the last, which begins late: it draws what is
+    seen, and at t = 0.2, where an even grid of 4 would begin it, cannot yet draw the same wall twice."""
     video = [*torch.linspace(0, max(cfg.late, 1 - 1 / steps), steps), torch.ones(())]
     return torch.stack([torch.stack(video), torch.linspace(0, 1, steps + 1)], -1)
 
@@ -202,15 +205,15 @@ def time_grid(cfg: Config, steps: int) -> Tensor:
     """Times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, E). ValueError below 1 step."""
     if steps < 1:
         raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return each_value(cfg, warp(progress(cfg, steps), cfg.shift))[:, None, None]
+    return each_value(cfg, warp(progress(cfg, steps), cfg.shifts))[:, None, None]
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """Times of each value of x (B, S, E), one a chunk and branch: logit-normal, and warped like the grids. In
-    half of the chunks branches share theirs; in the others either learns to follow the other (our choice)."""
+    half of the chunks both have the same u; in the others either learns to follow the other (our choice)."""
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
     u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
-    return each_value(cfg, warp(u, cfg.shift).repeat_interleave(chunk, 1)).to(x)
+    return each_value(cfg, warp(u, cfg.shifts).repeat_interleave(chunk, 1)).to(x)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -343,7 +346,7 @@ class Side(nn.Module):
         self.out = nn.Linear(d, d, bias=False)
         self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
-        self.offset = nn.Parameter(torch.zeros(6, 1, d))    # its own modulation; Muon takes two axes only
+        self.offset = nn.Parameter(torch.zeros(6, 1, d))   # its own; of 3 axes, so train.py's Muon lets it be
 
     def modulate(self, shared: Tensor) -> tuple[Tensor, ...]:
         """What all blocks share (B, S, 1, 6 D) -> this block's six, each (B, S, 1, D)."""
@@ -619,10 +622,9 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     as in a stream, the content is the clips'. forced: the cache keeps the clips' own chunks."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
     times, copies, error = times.to(device), 1 if guidance == 1 else 2, 0
-    if guidance != 1:
-        controls = Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
+    controls = controls if guidance == 1 else Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
     cache = model.start(controls, window)
-    sizes = torch.cat([times.diff(dim=0) * few, 0 * times[:1]])        # and at last, at t = 1, the commit
+    sizes = torch.cat([times.diff(dim=0) * few, 0 * times[:1]])        # then, at t = 1, one pass to commit
     *changes, clean = [model.modulate(*moment, controls) for moment in zip(times, sizes)]
     for index in range(chunks):
         steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
@@ -676,21 +678,21 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
     None: babble. character: a name, its index, or None for anyone. first_frame: like a yielded one. mode:
     "few" large steps (4 or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window.
     The first sound is a hop short, the last brings it; memory does not grow. First next(): ValueErrors."""
-    cfg, frames = model.cfg, round(seconds * model.cfg.fps)
+    cfg, frames, device = model.cfg, round(seconds * model.cfg.fps), model.no_first.device
     if mode not in ("few", "multi"):
         raise ValueError(f"mode must be few or multi, not {mode!r}")
     if frames < 1:
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
-    controls = film_controls(cfg, chunks, transcript, character, first_frame)
-    controls = controls.each(lambda x: x.to(model.no_first.device))
+    controls = film_controls(cfg, chunks, transcript, character, first_frame).each(lambda x: x.to(device))
     video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
-    tail, rest = None, frames * cfg.sample_rate // cfg.fps             # the hop to come, the samples to come
+    last, tail, rest = None, None, frames * cfg.sample_rate // cfg.fps         # rest: samples to come
     for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
         video, audio = split(cfg, states[-1])
         samples, tail = audio_codec.decode_next(audio, tail)
-        picture = video_codec.decode(video)[0, :frames].cpu().numpy()
+        picture, last = video_codec.decode_next(video, last)
+        picture = picture[0, :frames].cpu().numpy()
         frames -= len(picture)
         samples = torch.cat([samples[0], tail[0, :0 if frames else None]])[:rest].cpu().numpy()
         rest -= len(samples)
@@ -721,13 +723,12 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
                        chunk: int | None = None, branches=BRANCHES) -> tuple[Tensor, dict]:
     """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
     On self-made films, at the latent steps made (S,), it trains the fake score. logs: also by noise level."""
-    cfg = model.cfg
-    t = draw_times(cfg, x, chunk or cfg.chunk)
+    cfg, t = model.cfg, draw_times(model.cfg, x, chunk or model.cfg.chunk)
     x_t = add_noise(x, torch.randn_like(x), t)
     x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches)
     error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
     loss, logs = mean_error("flow", cfg, error, branches, made)
-    level = torch.bucketize(t[..., [0, -1]], warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shift).to(t.device))
+    level = (t[..., None, [0, -1]] >= warp(torch.tensor([[0.25], [0.5], [0.75]]), cfg.shifts).to(t)).sum(-2)
     parts = zip(BRANCHES, cut_branches(cfg, error.detach()), level.unbind(-1))
     logs |= {f"flow_{name}_level{i}": part[at == i].mean().item()
              for name, part, at in parts if name in branches for i in at.unique().tolist()}
@@ -746,7 +747,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
     last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
     p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
-    times = each_value(cfg, warp(p, cfg.shift)).to(x)
+    times = each_value(cfg, warp(p, cfg.shifts)).to(x)
     longer = (span < len(start) - max(cuts))[..., None].to(x)                                 # (B, S, 1)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
     x_t = add_noise(x, torch.randn_like(x), times[0])
@@ -822,24 +823,23 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
 
     # 3. The multi-step mode teaches the few-step mode its interval displacement.
     if shortcut:
-        losses["shortcut"], more = shortcut_loss(model, *clips["shortcut"], teacher=teacher,
-                                                 guidance=guidance)
-        logs |= more
+        losses["shortcut"], new = shortcut_loss(model, *clips["shortcut"], teacher=teacher, guidance=guidance)
+        logs |= new
 
     # 4. The few-step mode's own films move toward the real score; the fake score follows them.
     if dmd:
         own, (_, seen, said) = [state[rows["dmd"]] for state in states], clips["dmd"]
-        losses["dmd"], more = dmd_loss(model, own, seen, said, real=real, fake=fake, times=times, made=made,
-                                       guidance=guidance, chunk=score_chunk)
+        losses["dmd"], new = dmd_loss(model, own, seen, said, real=real, fake=fake, times=times, made=made,
+                                      guidance=guidance, chunk=score_chunk)
         losses["fake"], fakes = flow_matching_loss(fake, own[-1], seen if score_chunk is None else None, said,
                                                    made=made, chunk=score_chunk)
-        logs |= more | {f"fake_{name}": fakes[f"flow_{name}"] for name in BRANCHES}
+        logs |= new | {f"fake_{name}": fakes[f"flow_{name}"] for name in BRANCHES}
     return {name: weights.get(name, 1) * loss for name, loss in losses.items()}, logs
 
 
 # ---- Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read. ---
 
-FORMAT = "mutual-forcing-2"
+FORMAT = "mutual-forcing-3"
 
 
 class CheckpointError(Exception):

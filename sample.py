@@ -253,16 +253,16 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
     for start in range(0, len(films), batch):
         some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
-        frames, tokens, codec = [], [], VideoCodec(cfg)
+        frames, tokens, codec, last = [], [], VideoCodec(cfg), None
         for states in generate(model, some, chunks, time_grid(cfg, steps), few=few, guidance=guidance,
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
-            frames.append(codec.decode(video).cpu())
+            picture, last = codec.decode_next(video, last)
+            frames.append(picture.cpu())
             tokens.append(audio.cpu())
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
-    frames, samples = (np.concatenate(x) for x in zip(*made))
-    return Films(frames, samples, None if babble else to_films(films, cfg).symbols)
+    return Films(*map(np.concatenate, zip(*made)), None if babble else to_films(films, cfg).symbols)
 
 
 def evaluate(args) -> dict:
@@ -439,16 +439,16 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
                 products.shapes.clear()
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
         video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
-        chunks, times, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None
+        chunks, times, last, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None, None
         more = min(chunks, 100)
         old, new = (films_of(model, count, **settings) for count in (chunks + more, more))
         for _, states in zip(range(chunks), old):
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
-            frames = video_codec.decode(video).cpu().numpy()
+            frames, last = video_codec.decode_next(video, last)
             samples, tail = audio_codec.decode_next(audio, tail)
             times.append(train.clock(device))
-            writer.add(frames[0], samples[0].cpu().numpy())
+            writer.add(frames[0].cpu().numpy(), samples[0].cpu().numpy())
             times.append(train.clock(device))
         writer.finish()
     turns = [train.clock(device)]

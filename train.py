@@ -481,16 +481,22 @@ def anyone(wish, device: str) -> bool:
 
 # ---- The loop. ---------------------------------------------------------------------------------------------
 
-class StageDefaults(NamedTuple):
-    """What a stage takes unless told otherwise (our choice; the paper's rate is 5e-5 for 7B weights)."""
+class Plan(NamedTuple):
+    """What a stage takes (our choice; the paper's rate is 5e-5 for 7B weights)."""
     steps: int
-    lr: float
-    ema: float
+    lr: float = 1e-3
+    seconds: list = [1.5, 1.5, 3.0]    # of clips, in turn
+    batch: int = 8         # clips of the first length in a step
+    ema: float = 0.999
     babble: float = 0.45   # share of clips without words: few steps have to learn most there
 
+    def clips(self, seconds: float) -> int:
+        """Clips of this length in a step, among all processes: at about equal cost."""
+        return max(1, round(self.batch * self.seconds[0] / seconds))
 
-STAGES = {"video": StageDefaults(500, 1e-3, 0.999), "audio": StageDefaults(600, 1e-3, 0.999),
-          "joint": StageDefaults(13000, 1e-3, 0.999), "mutual": StageDefaults(300, 2e-5, 0.99, 0.6)}
+
+STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(10000),
+          "mutual": Plan(300, 2e-5, [3.0], 6, 0.99, 0.6)}  # self-made history is worth its length
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
@@ -557,12 +563,18 @@ def branch_of(name: str) -> str:
     return "audio" if name.startswith("audio") else "video"
 
 
+def plan_of(args, stage: str) -> Plan:
+    """A stage's plan, but for what the command line says."""
+    said = {name: getattr(args, name) for name in ("steps", "lr", "seconds", "batch")}
+    return STAGES[stage]._replace(**{name: value for name, value in said.items() if value})
+
+
 class State:
     """All that a step changes. Saved and restored whole, so that 2 + 2 steps are 4 steps, bit for bit."""
 
     def __init__(self, model: AudioVideoTransformer, stage: str, args):
-        self.stage, self.step, self.draw = stage, 0, drawer(args.clips, stage)
-        self.steps, self.lr = args.steps or STAGES[stage].steps, args.lr or STAGES[stage].lr
+        self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
+        self.draw = drawer(args.clips, stage)
         self.model, self.ema, self.fake = model, copy.deepcopy(model).requires_grad_(False), None
         self.nets = {"model": self.model, "ema": self.ema}
         if stage == "mutual" and args.dmd > 0:
@@ -587,7 +599,7 @@ class State:
     def restore(self, content: dict) -> None:
         """Inverse of content(). Raises CheckpointError for what is not."""
         try:
-            self.step = range(self.steps + 1).index(content["step"])
+            self.step = range(self.plan.steps + 1).index(content["step"])
             for name, net in self.nets.items():
                 set_model_state_dict(net, content[name], options=WHOLE)
             for name, optimizers in self.optimizers.items():
@@ -638,20 +650,15 @@ def backward(state: State, losses: dict) -> dict[str, float]:
     return norms
 
 
-def batch_of(args, seconds: float) -> int:
-    """Clips of this length in a step, among all processes: at about equal cost."""
-    return max(1, round(args.batch * args.seconds[0] / seconds))
-
-
 def train_step(state: State, args) -> dict[str, float]:
     """One step of the state's stage; returns the figures to log, of this process's last part of the batch
     (and norms of that part's share). Raises TrainingError at a loss of NaN."""
-    index, usual, (rank, ranks) = list(STAGES).index(state.stage), STAGES[state.stage], process()
-    seconds, parts = args.seconds[state.step % len(args.seconds)], ranks * args.accumulate   # lengths in turn
-    size, bf16 = batch_of(args, seconds) // parts, args.precision == "bf16"
+    index, plan, (rank, ranks) = list(STAGES).index(state.stage), state.plan, process()
+    seconds, parts = plan.seconds[state.step % len(plan.seconds)], ranks * args.accumulate   # lengths in turn
+    size, bf16 = plan.clips(seconds) // parts, args.precision == "bf16"
     for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
         x, controls = film_batch(state.model, state.draw, args.seed, index, state.step,
-                                 range(part * size, (part + 1) * size), seconds, usual.babble)
+                                 range(part * size, (part + 1) * size), seconds, plan.babble)
         torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
         with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             losses, logs = losses_of(state, x, controls, args)
@@ -660,7 +667,7 @@ def train_step(state: State, args) -> dict[str, float]:
         logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
     average_gradients([weight for net in state.nets.values() for weight in net.parameters()])
     # Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise is costly.
-    rate = state.lr * min(1, (state.step + 1) / min(100, state.steps)) * (1 - 0.95 * state.step / state.steps)
+    rate = plan.lr * min(1, (state.step + 1) / min(100, plan.steps)) * (1 - 0.95 * state.step / plan.steps)
     for optimizer in sum(state.optimizers.values(), []):
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
         for group in optimizer.param_groups:
@@ -668,7 +675,7 @@ def train_step(state: State, args) -> dict[str, float]:
         with torch.no_grad() if bf16 else InFp32():        # a step is without gradient anyway
             optimizer.step()
         optimizer.zero_grad()
-    move = torch.optim.swa_utils.get_ema_multi_avg_fn(min(usual.ema, (state.step + 1) / (state.step + 10)))
+    move = torch.optim.swa_utils.get_ema_multi_avg_fn(min(plan.ema, (state.step + 1) / (state.step + 10)))
     move([*state.ema.parameters()], [*state.model.parameters()], None)     # the slow copy toward the fast one
     state.step += 1
     return {"loss": sum(loss.item() for loss in losses.values()), **logs}
@@ -695,20 +702,21 @@ def train_stage(state: State, args) -> None:
     and SIGTERM end it after the step in progress, with a checkpoint. Raises KeyboardInterrupt then."""
     stop, stopped, first = [], False, process()[0] == 0
     before = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
-    bar = tqdm(total=state.steps, initial=state.step, desc=state.stage, disable=None)
+    steps = state.plan.steps
+    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=None)
     try:
         with open(args.out / "log.jsonl" if first else os.devnull, "a", buffering=1) as log:
-            while state.step < state.steps and not stopped:
+            while state.step < steps and not stopped:
                 began = time.perf_counter()
                 figures = train_step(state, args)
-                if state.step % args.log_every == 0 or state.step in (1, state.steps):
+                if state.step % args.log_every == 0 or state.step in (1, steps):
                     figures |= {"seconds": time.perf_counter() - began}
                     figures = {name: round(value, 5) for name, value in figures.items()}
                     print(json.dumps({"stage": state.stage, "step": state.step} | figures), file=log)
                 bar.set_postfix(loss=f"{figures['loss']:.3f}")
                 bar.update()
                 stopped = anyone(stop, args.device)
-                if state.step % args.save == 0 or state.step == state.steps or stopped:
+                if state.step % args.save == 0 or state.step == steps or stopped:
                     save(state, args)
     finally:
         bar.close()
@@ -730,7 +738,8 @@ def save(state: State, args) -> None:
             "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
         save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole and not args.shard:     # fits one device
-            write_strip(ema.to(args.device), state.draw, max(args.seconds), args.out / f"{state.stage}.png")
+            strip, seconds = args.out / f"{state.stage}.png", max(state.plan.seconds)
+            write_strip(ema.to(args.device), state.draw, seconds, strip)
 
 
 # ---- Speed, beside the machine's limit: the time that the same matrix products take alone. -----------------
@@ -829,7 +838,8 @@ def markdown(rows: list[dict]) -> str:
 def benchmark(args, cfg: Config) -> dict:
     """Seconds of one step of each stage, of the parts of stage 3 on their share of the rows, and of
     Self-Forcing's recipe, each beside its matrix products alone; and the most memory that a step holds."""
-    args.seconds, args.dmd = args.seconds[:1], 1 / 3
+    usual = plan_of(args, "joint")
+    args.seconds, args.batch, args.dmd = usual.seconds[:1], usual.batch, 1 / 3
     rows = sum((apart(time_stage, args, cfg, stage, f"stage {stage}") for stage in STAGES), [])
     args.flow, args.shortcut, args.dmd = 0.0, 0.0, 1.0
     args.real, args.real_whole = AudioVideoTransformer(cfg), True
@@ -875,7 +885,7 @@ def time_stage(args, cfg: Config, stage: str, name: str) -> list[dict]:
 # Each arm: how it is trained, most of them from one checkpoint of the end of stage 2 and for as many steps;
 # and what is scored of it: mode, evaluations, guidance, seconds.
 
-STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 --seconds 3 "
+STAGE_3 = "--stage mutual --init {init} --steps 300 "
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
 ARMS = {
     "hybrid": (STAGE_3, "few-4 few-8 few-1 few-2 few-16 multi-50 few-4-1-60 few-4-1-600"),
@@ -1017,7 +1027,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="train.py", description="Train Mutual Forcing on the synthetic talker.")
     add, count, weight = parser.add_argument, number(int, 1, 10 ** 9), number(float, 0, 1000)
     default = {name: ", ".join(f"{stage} {getattr(value, name)}" for stage, value in STAGES.items())
-               for name in ("steps", "lr")}
+               for name in ("steps", "lr", "batch", "seconds")}
     add("--stage", choices=(*STAGES, "all"), default="all")
     add("--init", type=Path, help="checkpoint to start from")
     add("--resume", action="store_true", help="go on from where the run in --out was interrupted")
@@ -1025,8 +1035,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", nargs="+", action="extend", default=[], metavar="FIELD=N", help="sizes, see Config")
     add("--steps", type=count, help=f"of each stage; default {default['steps']}")
     add("--data", type=Path, help="folder of clips with sound to train on, instead of the talker")
-    add("--batch", type=count, default=8, help="clips of the first length in a step; default %(default)s")
-    add("--seconds", type=float, nargs="+", default=[1.5, 1.5, 3], help="of clips in turn; default 1.5 1.5 3")
+    add("--batch", type=count, help=f"clips of the first length in a step; default {default['batch']}")
+    add("--seconds", type=float, nargs="+", help=f"of clips, in turn; default {default['seconds']}")
     add("--shard", action="store_true", help="with torchrun: divide the weights among the processes too")
     add("--accumulate", type=count, default=1, help="passes that share a step's clips, for a small device")
     add("--lr", type=number(float, 1e-12, 1), help=f"learning rate; default {default['lr']}")
@@ -1072,18 +1082,19 @@ def check(args, cfg: Config) -> None:
         raise TrainingError("--shard: is for several processes, started by torchrun")
     if args.whole and args.stage in ("mutual", "all"):
         raise TrainingError("--whole: is for a teacher's stages, video, audio and joint")
-    least = cfg.chunk_seconds * (3 if args.stage in ("mutual", "all") else 2)   # to roll out history
-    if not all(least <= seconds <= cfg.clock / 2 for seconds in args.seconds):
-        raise TrainingError(f"--seconds must be between {least} and {cfg.clock / 2}")
-    parts = args.accumulate * process()[1]
-    terms = sum(getattr(args, name) > 0 for name in OBJECTIVES)
+    parts, terms = args.accumulate * process()[1], sum(getattr(args, name) > 0 for name in OBJECTIVES)
     if not terms:
         raise TrainingError("--flow, --shortcut and --dmd: one of them must weigh more than 0")
-    rows = parts * (terms if args.stage in ("mutual", "all") else 1)
-    if parts > 1 and any(batch_of(args, seconds) % rows for seconds in args.seconds):
-        counts = ", ".join(str(batch_of(args, seconds)) for seconds in args.seconds)
-        raise TrainingError(f"--batch: {counts} clips a step must each be a multiple of {rows}, for {parts} "
-                            "parts and an equal share of each objective")
+    for stage in stages_of(args):
+        plan, mutual = plan_of(args, stage), stage == "mutual"
+        least = cfg.chunk_seconds * (3 if mutual else 2)   # to roll out history
+        if not all(least <= seconds <= cfg.clock / 2 for seconds in plan.seconds):
+            raise TrainingError(f"--seconds must be between {least} and {cfg.clock / 2}")
+        counts, rows = [*map(plan.clips, plan.seconds)], parts * (terms if mutual else 1)
+        if parts > 1 and any(n % rows for n in counts):
+            raise TrainingError(
+                f"--batch: {', '.join(map(str, counts))} clips a step of {stage} must each be a multiple of "
+                f"{rows}, for {parts} parts and an equal share of each objective")
     if not args.precision:                                 # one for all processes
         args.precision = "bf16" if anyone(faster_precision(args.device) == "bf16", args.device) else "fp32"
     args.clips, args.real, args.real_whole = None, None, False
@@ -1094,12 +1105,17 @@ def check(args, cfg: Config) -> None:
         args.real_whole = bool(extra.get("whole"))
 
 
+def stages_of(args) -> list[str]:
+    """The stages asked for."""
+    return list(STAGES) if args.stage == "all" else [args.stage]
+
+
 def load_resume(args) -> dict:
     """What --resume goes on from, its sizes as a new network. Raises CheckpointError."""
     content = load_file(args.out / "resume.pt")
     try:
         net, settings = AudioVideoTransformer(Config(**content["config"])), dict(content["settings"])
-        if content["stage"] not in (STAGES if settings["stage"] == "all" else [settings["stage"]]):
+        if content["stage"] not in stages_of(argparse.Namespace(**settings)):
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise CheckpointError(f"{args.out / 'resume.pt'}: not what --resume goes on from") from None
@@ -1139,12 +1155,13 @@ def train_stages(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for half in args.out.rglob("*.unfinished") if process()[0] == 0 else ():   # of a run killed as it saved
         half.unlink(missing_ok=True)
-    least = max(frames_of(model.cfg, seconds) for seconds in args.seconds)
+    stages = stages_of(args)
+    least = max(frames_of(model.cfg, seconds) for stage in stages for seconds in plan_of(args, stage).seconds)
     for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
         if rank == process()[0]:
             args.clips = load_clips(args.data, model.cfg, least, args.out / ".clips")
         anyone(False, args.device)
-    args.settings, stages = settings_of(args), list(STAGES) if args.stage == "all" else [args.stage]
+    args.settings = settings_of(args)
     if content:
         changed = [name for name, value in args.settings.items() if content["settings"].get(name) != value]
         if changed:
