@@ -487,6 +487,14 @@ def test_dmd_gradient_has_the_right_sign_and_a_zero():
     assert dmd_gradient(1.0, 1.0) == 0
 
 
+def test_a_stage_has_its_own_plan_but_for_what_is_said():
+    args = train.build_parser().parse_args(["--lr", "0.1"])
+    for stage, usual in train.STAGES.items():
+        assert train.plan_of(args, stage) == usual._replace(lr=0.1)
+    args.seconds, args.batch = [1.5, 3.0], 4
+    assert [train.plan_of(args, "mutual").clips(seconds) for seconds in args.seconds] == [4, 2]
+
+
 def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
     args = train.build_parser().parse_args([*TRAIN, "--stage", "mutual", "--seconds", "1.5"])
     train.check(args, Config())
@@ -1304,7 +1312,7 @@ def test_every_config_field_is_read():
 
 
 @pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1237), ("sample.py", 650),
-                                          ("test_mutual_forcing.py", 1371)])
+                                          ("test_mutual_forcing.py", 1379)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110

@@ -496,7 +496,7 @@ class Plan(NamedTuple):
 
 
 STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(10000),
-          "mutual": Plan(300, 2e-5, [3.0], 6, 0.99, 0.6)}  # self-made history is worth its length
+          "mutual": Plan(300, 2e-5, [3.0], 6, 0.99, 0.6)}  # clips that a history fits in
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
@@ -1117,7 +1117,7 @@ def load_resume(args) -> dict:
         net, settings = AudioVideoTransformer(Config(**content["config"])), dict(content["settings"])
         if content["stage"] not in stages_of(argparse.Namespace(**settings)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{args.out / 'resume.pt'}: not what --resume goes on from") from None
     return content | {"net": net, "settings": settings}
 
