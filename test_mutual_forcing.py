@@ -310,6 +310,15 @@ def test_sink_survives_evictions_and_is_the_first_chunk():
     assert kept[0].abs().max() > 0
 
 
+def test_the_ruler_sees_the_films_that_stream_makes():
+    model, film = lively(), train.talk(TINY, np.random.default_rng(0), 3 * TINY.chunk_frames)
+    made = sample.remake(model, [film], few=True, steps=2, guidance=1.0, babble=False)
+    frames, samples = map(np.concatenate, zip(*mf.stream(
+        model, seconds=len(film.frames) / TINY.fps, transcript=film.symbols[TINY.margin:],
+        character=film.character, first_frame=film.frames[0], steps=2)))
+    assert np.array_equal(made.frames[0], frames) and np.allclose(made.samples[0], samples, atol=1e-5)
+
+
 def test_stream_is_exact_in_length_and_equals_one_shot():
     model = lively()
     pieces = list(mf.stream(model, seconds=1.3, transcript="hi you", character="ada", seed=3))
@@ -1312,7 +1321,7 @@ def test_every_config_field_is_read():
 
 
 @pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1237), ("sample.py", 650),
-                                          ("test_mutual_forcing.py", 1379)])
+                                          ("test_mutual_forcing.py", 1388)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
