@@ -838,8 +838,8 @@ def markdown(rows: list[dict]) -> str:
 def benchmark(args, cfg: Config) -> dict:
     """Seconds of one step of each stage, of the parts of stage 3 on their share of the rows, and of
     Self-Forcing's recipe, each beside its matrix products alone; and the most memory that a step holds."""
-    usual = plan_of(args, "joint")
-    args.seconds, args.batch, args.dmd = usual.seconds[:1], usual.batch, 1 / 3
+    plan = plan_of(args, "joint")                          # one length and batch, to compare the stages by
+    args.seconds, args.batch, args.dmd = plan.seconds[:1], plan.batch, 1 / 3
     rows = sum((apart(time_stage, args, cfg, stage, f"stage {stage}") for stage in STAGES), [])
     args.flow, args.shortcut, args.dmd = 0.0, 0.0, 1.0
     args.real, args.real_whole = AudioVideoTransformer(cfg), True
