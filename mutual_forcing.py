@@ -16,8 +16,8 @@ Axes                                          Symbols
   N  tokens of one branch in one latent step    x_hat  the network's output: where u leads to at t = 1
   D  width    H  heads    P  values of a head    E  values of a latent step (video's, then audio's)
 
-t = 0 is noise and t = 1 is data: x_t = (1 - t) noise + t x. The network predicts x_hat (data, if d = 0):
-u = (x_hat - x_t) / (1 - t), and a step is x_{t+d} = x_t + d u. Flow matching compares u, the others x_hat.
+x_t = (1 - t) noise + t x. The network predicts x_hat (data, if d = 0): u = (x_hat - x_t) / (1 - t), and a
+step is x_{t+d} = x_t + d u. Flow matching compares u, the other objectives x_hat.
 """
 import functools
 import hashlib
@@ -128,9 +128,8 @@ class VideoCodec:
 
 
 class AudioCodec:
-    """Samples to companded MDCT spectra and back (our choice; the paper has an audio VAE). Spectrum k covers
-    samples [(k - 1) hop, (k + 1) hop) under a sine window, and neighbours cancel each other's aliases: it is
-    orthogonal, without seams. The spectrum is companded, sign(c) |c|^p, or its few peaks own the loss."""
+    """Samples to companded MDCT spectra and back: sign(c) |c|^p, else few peaks own the loss (our choice; the
+    paper has an audio VAE). Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window."""
 
     def __init__(self, cfg: Config):
         self.cfg, m = cfg, cfg.hop
@@ -189,9 +188,8 @@ def warp(u, shift=Config.audio_shift):
 
 
 def progress(cfg: Config, steps: int) -> Tensor:
-    """A sampler's grid as u of warp(), for video and audio (steps + 1, 2). Our choice: even for sound,
-    whose steps decide on the letter; of the picture all but the last, which begins late: it draws what is
-    seen, and at t = 0.2, where an even grid of 4 would begin it, cannot yet draw the same wall twice."""
+    """A sampler's grid as u of warp(), video's and audio's (steps + 1, 2). Even but for the picture's last
+    step (our choice), which begins late: begun earlier, it draws what stands still anew in every chunk."""
     video = [*torch.linspace(0, max(cfg.late, 1 - 1 / steps), steps), torch.ones(())]
     return torch.stack([torch.stack(video), torch.linspace(0, 1, steps + 1)], -1)
 
@@ -266,12 +264,11 @@ class StepEmbedding(nn.Module):
     """Time t, step size d and the character -> the vector that modulates a latent step's tokens. d enters as
     f(d) - f(0), with a last layer that starts at zero: few-step mode starts as plain Euler (our choice)."""
 
-    def __init__(self, width: int, characters: int):
+    def __init__(self, width: int, count: int):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         self.size = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False))
-        start = torch.empty(characters, width).uniform_(-1.7, 1.7)     # normal_() would load a compiler
-        self.character = nn.Embedding.from_pretrained(start, freeze=False)
+        self.character = nn.Embedding.from_pretrained(torch.empty(count, width).uniform_(-1.7, 1.7), False)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S) and character (B,) -> (B, S, D)."""
@@ -368,7 +365,7 @@ class Side(nn.Module):
 class Branch(nn.Module):
     """All that belongs to one modality: embedding, its side of every block, head and modulation."""
 
-    def __init__(self, cfg: Config, tokens: int, values: int, instants: int):
+    def __init__(self, cfg: Config, tokens: int, values: int, instants: int, gain: bool = False):
         super().__init__()
         d = cfg.width
         self.embed = nn.Linear(values, d)
@@ -379,8 +376,9 @@ class Branch(nn.Module):
         self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
         self.head_modulation = nn.Linear(d, 2 * d)
         self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, values))
-        zero = (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1])
-        for weight in nn.ModuleList(zero).parameters():
+        self.gain = nn.Linear(d, values) if gain else None             # the sound's: see read_out()
+        zero = (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1], self.gain)
+        for weight in nn.ModuleList(filter(None, zero)).parameters():
             nn.init.zeros_(weight)                                     # blocks start as identity, d as unfelt
 
     def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
@@ -408,7 +406,7 @@ class AudioVideoTransformer(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1)
-        self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds)
+        self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds, gain=True)
         self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
 
     def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
@@ -459,41 +457,42 @@ class AudioVideoTransformer(nn.Module):
             tokens = {n: side.finish(tokens[n], seen[n], change) for n, (side, change) in sides.items()}
         return tokens
 
-    def predict(self, parts: dict[str, Part], tokens: dict[str, Tensor], s: int) -> Tensor:
-        """The last s latent steps of the trunk's tokens -> x_hat (B, s, E), zeros for an absent branch."""
-        empty = self.no_first.new_zeros(len(next(iter(tokens.values()))), s, self.cfg.step_values).float()
-        out = dict(zip(BRANCHES, cut_branches(self.cfg, empty)))
-        for n in (name for name in BRANCHES if name in parts):
-            change = (x[:, -s:] for x in parts[n].changes[-1])
-            out[n] = parts[n].branch.head(normalise(tokens[n][:, -s:], *change)).float().flatten(2)
+    def read_out(self, parts: dict[str, Part], tokens: dict[str, Tensor], x_t: Tensor) -> Tensor:
+        """The last S steps of tokens -> x_hat (B, S, E), zeros for an absent branch. Sound has a gain of x_t
+        (our choice): a token loses the faint trace that tells, early in the noise, a sound from silence."""
+        out, s = dict(zip(BRANCHES, cut_branches(self.cfg, torch.zeros_like(x_t)))), x_t.shape[1]
+        for n, part in ((n, parts[n]) for n in BRANCHES if n in parts):
+            x = normalise(tokens[n][:, -s:], *(change[:, -s:] for change in part.changes[-1]))
+            out[n] = part.branch.head(x).float().flatten(2)
+            if part.branch.gain:
+                out[n] = out[n] + (part.branch.gain(x).float() * split(self.cfg, x_t)[1]).flatten(2)
         return torch.cat(list(out.values()), -1)
 
     def forward(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None = None,
-                chunk: int | None = None, branches=BRANCHES) -> Tensor:
+                chunk: int | None = None, branches=BRANCHES, window: int | None = None) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
         x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only the
         first frame and itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a
-        bidirectional model). branches: one alone is the unimodal model of stage 1."""
+        bidirectional model). branches: one: stage 1's unimodal model. window: 1 to cfg.window (default)."""
         cfg, (b, s), chunk = self.cfg, x_t.shape[:2], chunk or self.cfg.chunk
         assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
         t, d = t.expand(b, s, -1), d.expand(b, s, -1)
-        if history is not None:                                        # [history at t = 1, d = 0 | noisy]
-            x_t = torch.cat([history, x_t], 1)
+        z = x_t if history is None else torch.cat([history, x_t], 1)   # [history at t = 1, d = 0 | noisy]
+        if history is not None:
             t, d = torch.cat([torch.ones_like(t), t], 1), torch.cat([torch.zeros_like(d), d], 1)
         script = self.script(controls, torch.arange(s, device=x_t.device), branches)
-        parts = self.parts(x_t, self.modulate(t, d, controls, branches), script)
+        parts = self.parts(z, self.modulate(t, d, controls, branches), script)
         if "video" in branches:
             parts["first"] = self.first(controls)
-        band = Band(cfg.window if history is not None else 0, s // chunk, parts, x_t.device)
-        return self.predict(parts, self.trunk(parts, band), s)
+        band = Band((window or cfg.window) if history is not None else 0, s // chunk, parts, x_t.device)
+        return self.read_out(parts, self.trunk(parts, band), x_t)
 
     @torch.no_grad()
     def step(self, x_t: Tensor, changes: dict, script: dict, cache: "KVCache", keep: bool = False):
         """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) -> x_hat; changes of
         modulate(), script of script(). keep: x_t is finished, t = 1, d = 0: the cache takes it -> None."""
-        parts = self.parts(x_t, changes, script)
-        tokens = self.trunk(parts, cache.attend)
-        return cache.commit() if keep else self.predict(parts, tokens, x_t.shape[1])
+        tokens = self.trunk(parts := self.parts(x_t, changes, script), cache.attend)
+        return cache.commit() if keep else self.read_out(parts, tokens, x_t)
 
     @torch.no_grad()
     def start(self, controls: Controls, window: int | None = None) -> "KVCache":
@@ -516,10 +515,10 @@ class Band:
                noisy 1          x     x      x          x
                noisy 2          x     x        x          x
 
-    The sink is chunk 0 once more. It and the first frame (or what stands in for it) are timeless: the half
-    of their keys that turns with time is zero, so they look the same from any distance, and a stream of any
-    length has no position that training never saw (our choice). Only the band is computed: a chunk's rows of
-    both kinds together read [first | sink | W chunks before | its history rows | its noisy rows]."""
+    The sink is chunk 0 once more. It and the first frame are timeless: the half of their keys that turns with
+    time is zero, so they look the same from any distance, and no stream has positions that training never saw
+    (our choice). Only the band is computed: a chunk's rows of both kinds together read [first | sink | W
+    chunks before | its history rows | its noisy rows]."""
 
     def __init__(self, window: int, chunks: int, parts: dict[str, Part], device):   # window 0: no history
         self.window, self.chunks, self.kinds = window, chunks, 2 if window else 1
@@ -563,7 +562,7 @@ def timeless(k: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Tokens of a
     layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
-    pass and reads the rest; commit() copies the desk into the ring's oldest place and, after chunk 0, into
+    pass and reads them all; commit() copies the desk into the ring's oldest place and, after chunk 0, into
     the sink. Keys are stored turned, as phases are periodic. Raises ValueError for a window not trained."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
@@ -605,7 +604,7 @@ class KVCache:
 
 def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
-    k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E), which never fall."""
+    k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E) never fall; only the last may be 1."""
     states = [x]
     for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):
         states.append(x := x + displacement(predict(x, k), x, t, d))
@@ -615,11 +614,10 @@ def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
 def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool = True,
              guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
              clips: Tensor | None = None, given: int = 0, forced: bool = False):
-    """Make a film through the cache; yields the states (see denoise) of each chunk. Few-step mode tells the
-    network the size of its step, multi-step mode asks for the instantaneous velocity (d = 0). Guidance other
-    than 1 runs a second, uncontrolled cache. Training gives clips (B, S, E): their first `given` chunks
-    stand, others begin from them plus the mean error of the chunk before, noised to times[0]: errors add up
-    as in a stream, the content is the clips'. forced: the cache keeps the clips' own chunks."""
+    """Make a film through the cache; yields the states (see denoise) of each chunk. few: the net is told d,
+    not 0. Guidance other than 1 runs a second, uncontrolled cache. Training gives clips (B, S, E): the first
+    `given` chunks stand; each other begins from its own plus the mean error of the chunk before, noised to
+    times[0]: errors add up, the content is the clips'. forced: they do not, and the cache keeps the clips."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
     times, copies, error = times.to(device), 1 if guidance == 1 else 2, 0
     controls = controls if guidance == 1 else Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
@@ -633,11 +631,9 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
         if clips is not None:
             truth = clips.unflatten(1, (-1, cfg.chunk))[:, index]
             x = add_noise(truth + error, x, times[0])
-
         def predict(x_t, k):
             x_hat, *null = model.step(x_t.repeat(copies, 1, 1), changes[k], script, cache).chunk(copies)
             return torch.lerp(null[0], x_hat, guidance) if null else x_hat
-
         states = [truth] * len(times) if index < given else denoise(predict, x, times)
         yield states
         error = 0 if clips is None or forced else (states[-1] - truth).mean(1, keepdim=True)
@@ -720,12 +716,12 @@ def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history
 
 
 def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Controls, *, made=None,
-                       chunk: int | None = None, branches=BRANCHES) -> tuple[Tensor, dict]:
+                       chunk: int | None = None, branches=BRANCHES, window=None) -> tuple[Tensor, dict]:
     """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
     On self-made films, at the latent steps made (S,), it trains the fake score. logs: also by noise level."""
     cfg, t = model.cfg, draw_times(model.cfg, x, chunk or model.cfg.chunk)
     x_t = add_noise(x, torch.randn_like(x), t)
-    x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches)
+    x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches, window)
     error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
     loss, logs = mean_error("flow", cfg, error, branches, made)
     level = (t[..., None, [0, -1]] >= warp(torch.tensor([[0.25], [0.5], [0.75]]), cfg.shifts).to(t)).sum(-2)
@@ -737,10 +733,11 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
 
 def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
                   guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
-    """One large step must land where two half steps do (ShortCut, section 3.3): the steps of the sampler's
-    grids of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Half steps of 8 are
-    the teacher's multi-step mode, guided; of 4 its few-step mode. The picture's last step stays whole, as
-    halves teach flicker: that mode's one step is its target. The error is x_hat's: that of u explodes."""
+    """A large step must land where smaller ones do (ShortCut, section 3.3): the steps of the sampler's grids
+    of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Of 4 two half steps of the
+    few-step mode; of 8 one whole step, at the velocity that the multi-step mode, guided, has half way (our
+    choice: Euler's steps lose energy, and faint sounds fall silent). But the last denoises: the sound's by two
+    half steps, the picture's, lest it flicker, by one. The error is x_hat's: that of u explodes."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
     start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
@@ -748,12 +745,15 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
     p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
     times = each_value(cfg, warp(p, cfg.shifts)).to(x)
-    longer = (span < len(start) - max(cuts))[..., None].to(x)                                 # (B, S, 1)
+    longer = (span < len(start) - max(cuts))[..., None].to(x)          # (B, S, 1): 1 if of 4, 0 if of 8
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
-    x_t = add_noise(x, torch.randn_like(x), times[0])
+    x_t, halves = add_noise(x, torch.randn_like(x), times[0]), longer.maximum((times[2] == 1).to(x))
+    def predict(z, k):
+        return guided(teacher, z, times[k], times.diff(dim=0)[k] * longer, controls, history, scale)
     with torch.no_grad():
-        end = denoise(lambda x, k: guided(teacher, x, times[k], (times[k + 1] - times[k]) * longer, controls,
-                                          history, scale), x_t, times)[-1]
+        middle = denoise(predict, x_t, times[:2])[-1]
+        begin, since = x_t.lerp(middle, halves), times[0].lerp(times[1], halves)     # midpoint: from x_t
+        end = begin + displacement(predict(middle, 1), middle, times[1], times[2] - since)
         t, d = times[0], times[2] - times[0]
         target = x_t + (end - x_t) * (1 - t) / d                      # the x_hat whose step d lands on end
     x_hat = model(x_t, t, d, controls, history)
@@ -787,7 +787,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache: all states of its
     sampler (see generate), and bool (S,), the latent steps that it made. history: "real" is teacher forcing;
-    "few" its own, after one real chunk, or at random two of four or more (of one alone nothing is made)."""
+    "few" its own, after one real chunk, or, of four or more, at random two (of a lone chunk none is made)."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
     given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
     films = generate(model, controls, chunks, times, clips=x, given=given, forced=history == "real")
@@ -839,7 +839,7 @@ def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, 
 
 # ---- Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read. ---
 
-FORMAT = "mutual-forcing-3"
+FORMAT = "mutual-forcing-4"
 
 
 class CheckpointError(Exception):

@@ -495,7 +495,7 @@ class Plan(NamedTuple):
         return max(1, round(self.batch * self.seconds[0] / seconds))
 
 
-STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(10000),
+STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(10000, babble=0.6),
           "mutual": Plan(300, 2e-5, [3.0], 6, 0.99, 0.6)}  # clips that a history fits in
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
@@ -579,8 +579,6 @@ class State:
         self.nets = {"model": self.model, "ema": self.ema}
         if stage == "mutual" and args.dmd > 0:
             self.fake = self.nets["fake"] = copy.deepcopy(args.real or model).requires_grad_(True)
-        for name, weight in model.named_parameters():
-            weight.requires_grad_(stage != "mutual" or branch_of(name) != args.freeze)
         for net in (*self.nets.values(), args.real if stage == "mutual" else None):
             if net:
                 shard(net, args.device) if args.shard else net.to(args.device)
@@ -612,7 +610,7 @@ class State:
 def settings_of(args) -> dict:
     """The part of the command line that changes what is learned, as plain types."""
     names = ("stage", "config", "steps", "batch", "lr", "seed", "seconds", "history", *OBJECTIVES,
-             "guidance", "whole", "init", "teacher", "freeze", "precision")
+             "guidance", "whole", "init", "teacher", "precision")
     said = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
     return said | {"clips": args.clips and fingerprint(args.clips),
                    "defaults": {stage: list(value) for stage, value in STAGES.items()}}
@@ -627,7 +625,9 @@ def losses_of(state: State, x: torch.Tensor, controls: Controls, args) -> tuple[
             score_chunk=x.shape[1] if args.real_whole else None, **{n: getattr(args, n) for n in OBJECTIVES})
     branches = (state.stage,) if state.stage in BRANCHES else BRANCHES
     history, chunk = (None, x.shape[1]) if args.whole else (x, None)
-    loss, logs = flow_matching_loss(state.model, x, history, controls, chunk=chunk, branches=branches)
+    window = 1 + int(torch.randint(state.model.cfg.window, ()))        # a short one has to ask the sink
+    loss, logs = flow_matching_loss(state.model, x, history, controls, chunk=chunk, branches=branches,
+                                    window=window)
     return {"flow": loss}, logs
 
 
@@ -896,10 +896,8 @@ ARMS = {
     "dmd": (STAGE_3 + "--shortcut 0 --dmd 1", "few-4 few-8"),
     "teacher": (STAGE_2 + "--whole --batch 4 --seconds 3", ""),
     "self-forcing": (STAGE_3 + "--flow 0 --shortcut 0 --dmd 1 --teacher {out}/teacher-0/joint.pt", "few-4"),
-    "own-score": (STAGE_3 + "--flow 0 --shortcut 0 --dmd 1", "few-4"),
     "shortcut-tf": (STAGE_3 + "--history real --shortcut 1 --dmd 0", "few-4 few-8"),
     "dmd-tf": (STAGE_3 + "--history real --shortcut 0 --dmd 1", "few-4"),
-    "frozen-picture": (STAGE_3 + "--freeze video", "few-4"),
     "clips-of-1s": (STAGE_2 + "--batch 12 --seconds 1", "few-4"),
     "clips-of-3s": (STAGE_2 + "--batch 4 --seconds 3", "few-4"),
     "video": ("--stage video --steps 500 --batch 8 --seconds 1.5", ""),
@@ -1046,7 +1044,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD; default 1/3")
     add("--guidance", type=weight, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
     add("--teacher", type=Path, help="stage 3: a frozen checkpoint, DMD's real score")
-    add("--freeze", choices=BRANCHES, help="stage 3: a branch that stays as stage 2 left it")
     add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--reproduce", action="store_true", help="train and score all arms of the paper's claims from --init")
