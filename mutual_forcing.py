@@ -736,7 +736,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     """A large step must land where smaller ones do (ShortCut, section 3.3): the steps of the sampler's grids
     of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Of 4 two half steps of the
     few-step mode; of 8 one whole step, at the velocity that the multi-step mode, guided, has half way (our
-    choice: Euler's steps lose energy, and faint sounds fall silent). But the last denoises: the sound's by two
+    choice: Euler's steps lose energy, faint sounds fall silent). But the last denoises: the sound's by two
     half steps, the picture's, lest it flicker, by one. The error is x_hat's: that of u explodes."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
