@@ -128,8 +128,8 @@ class VideoCodec:
 
 
 class AudioCodec:
-    """Samples to companded MDCT spectra and back: sign(c) |c|^p, else few peaks own the loss (our choice; the
-    paper has an audio VAE). Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window."""
+    """Samples to MDCT spectra, companded, sign(c) |c|^p, or peaks own the loss (our choice; paper: a VAE).
+    Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; neighbours' aliases cancel."""
 
     def __init__(self, cfg: Config):
         self.cfg, m = cfg, cfg.hop
@@ -515,10 +515,10 @@ class Band:
                noisy 1          x     x      x          x
                noisy 2          x     x        x          x
 
-    The sink is chunk 0 once more. It and the first frame are timeless: the half of their keys that turns with
-    time is zero, so they look the same from any distance, and no stream has positions that training never saw
-    (our choice). Only the band is computed: a chunk's rows of both kinds together read [first | sink | W
-    chunks before | its history rows | its noisy rows]."""
+    The sink is chunk 0 once more. It and the first frame (or what stands in for it) are timeless: the half
+    of their keys that turns with time is zero, so they look the same from any distance, and a stream of any
+    length has no position that training never saw (our choice). Only the band is computed: a chunk's rows of
+    both kinds together read [first | sink | W chunks before | its history rows | its noisy rows]."""
 
     def __init__(self, window: int, chunks: int, parts: dict[str, Part], device):   # window 0: no history
         self.window, self.chunks, self.kinds = window, chunks, 2 if window else 1
