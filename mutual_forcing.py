@@ -61,11 +61,11 @@ class Config:
     clock: int = 16              # seconds after which every rotary phase in time has come round
     video_shift: float = 12.0    # of warp(): how far times are pushed toward noise; more for the picture, as
     audio_shift: float = 4.0     # its codec enlarges mouths: at equal progress both have chosen a letter
-    late: float = 0.99           # progress at which its last step begins (t = 0.89) or later, see progress()
+    late: float = 0.99           # progress at which its last quarter of steps begins (t = 0.89): progress()
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
-        if odd or self.late >= 1 or self.motion < 1 or self.layers > 999 or self.clock_ticks >= 2 ** 20:
+        if odd or not 0.75 <= self.late < 1 <= self.motion or self.layers > 999 or self.clock_ticks >= 1e6:
             raise ValueError(f"{', '.join(odd) or 'motion, late, layers or clock'}: beyond all use")
         whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
         if self.image % self.patch or self.hop % self.bands or not whole:
@@ -189,9 +189,9 @@ def warp(u, shift=Config.audio_shift):
 
 def progress(cfg: Config, steps: int) -> Tensor:
     """A sampler's grid as u of warp(), video's and audio's (steps + 1, 2). Even but for the picture's last
-    step (our choice), which begins late: begun earlier, it draws what stands still anew in every chunk."""
-    video = [*torch.linspace(0, max(cfg.late, 1 - 1 / steps), steps), torch.ones(())]
-    return torch.stack([torch.stack(video), torch.linspace(0, 1, steps + 1)], -1)
+    quarter of steps (our choice): begun earlier, it draws anew what stands still. So the grids nest."""
+    u = torch.linspace(0, 1, steps + 1)
+    return torch.stack([torch.minimum(u * cfg.late / 0.75, 1 - (1 - u) * (1 - cfg.late) / 0.25), u], -1)
 
 
 def each_value(cfg: Config, x: Tensor) -> Tensor:
