@@ -128,8 +128,7 @@ def test_companded_sound_has_unit_variance():
 # Schedules and the denoising loop
 
 def test_warp_is_monotone_and_shared_by_grid_and_density():
-    u = torch.linspace(0, 1, 101)
-    t = mf.warp(u)
+    t = mf.warp(torch.linspace(0, 1, 101))
     assert t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all() and mf.warp(0.5) == 0.2
     video, audio = (part[:, 0, 0] for part in mf.cut_branches(TINY, mf.time_grid(TINY, 4)))
     assert (audio == mf.warp(torch.linspace(0, 1, 5))[:, None]).all()
@@ -143,8 +142,7 @@ def test_warp_is_monotone_and_shared_by_grid_and_density():
     video, audio = mf.cut_branches(cfg, mf.draw_times(cfg, torch.zeros(20, 1000, cfg.step_values), 2))
     for drawn, shift in ((video, TINY.video_shift), (audio, TINY.audio_shift)):
         assert abs(float(drawn.median()) - mf.warp(0.5, shift)) < 0.01     # the warped middle
-        assert torch.equal(drawn[:, ::2], drawn[:, 1::2])  # one time a chunk
-        assert torch.equal(drawn[..., 0], drawn[..., -1])  # and branch
+        assert (drawn.unflatten(1, (-1, 2)) == drawn[:, ::2, None, :1]).all()  # one time a chunk and branch
     u = [t / (t + (1 - t) / shift) for t, shift in zip((video[..., 0], audio[..., 0]), cfg.shifts)]
     alike = torch.isclose(*u, atol=1e-5).float().mean()
     assert abs(alike - 0.5) < 0.02                         # half of the chunks have equal progress in both
@@ -517,7 +515,7 @@ def test_a_stage_has_its_own_plan_but_for_what_is_said():
     for stage, usual in train.STAGES.items():
         assert train.plan_of(args, stage) == usual._replace(lr=0.1)
     args.seconds, args.batch = [1.5, 3.0], 4
-    assert [train.plan_of(args, "mutual").clips(seconds) for seconds in args.seconds] == [4, 2]
+    assert [*map(train.plan_of(args, "mutual").clips, args.seconds)] == [4, 2]
 
 
 def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
@@ -526,14 +524,16 @@ def test_fake_score_moves_while_the_generator_is_frozen_and_the_reverse():
     x, _, controls = some_clip(b=3)
     for moving in (0, 1):
         state = train.State(stage2(), "mutual", args)
-        losses, _ = train.losses_of(state, x, controls, args)
         before = [copy.deepcopy(net.state_dict()) for net in (state.model, state.fake)]
-        train.backward(state, losses)
+        train.backward(state, train.losses_of(state, x, controls, args)[0])
         for optimizer in state.optimizers[("model", "fake")[moving]]:
             optimizer.step()
         still = [all(torch.equal(net.state_dict()[k], v) for k, v in old.items())
                  for net, old in zip((state.model, state.fake), before)]
         assert still == [moving == 1, moving == 0]
+    groups = [group for optimizer in state.optimizers["model"] for group in optimizer.param_groups]
+    fast = {weight for group in groups if group["pace"] > 1 for weight in group["params"]}  # of d alone
+    assert fast == {w for name, w in state.model.named_parameters() if ".step.size." in name}
 
 
 def test_one_batch_can_be_overfitted():
