@@ -7,7 +7,7 @@ a film chunk by chunk and keeps the chunks already made in a cache. One set of w
 *few-step* mode the average velocity over an interval (4 or 8 large steps). Stage 1 trains each branch alone,
 stage 2 couples them on real history. In each step of stage 3, Mutual Forcing, the few-step mode rolls out a
 history, and the multi-step mode learns the real chunk given that history. Then the multi-step mode, without
-gradient, teaches the few-step mode: ShortCut (a step lands where two half steps do) and DMD (scores match).
+gradient, teaches the few-step mode: ShortCut (a step lands where smaller ones do) and DMD (scores match).
 
 Axes                                          Symbols
   B  films in a batch    F  frames              x    clean latents          x_t  noised latents
@@ -61,7 +61,7 @@ class Config:
     clock: int = 16              # seconds after which every rotary phase in time has come round
     video_shift: float = 12.0    # of warp(): how far times are pushed toward noise; more for the picture, as
     audio_shift: float = 4.0     # its codec enlarges mouths: at equal progress both have chosen a letter
-    late: float = 0.99           # progress at which its last quarter of steps begins (t = 0.89): progress()
+    late: float = 0.99           # progress at which the picture's last quarter of steps begins (t = 0.89)
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
@@ -707,7 +707,7 @@ def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, made=No
 
 def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None,
            guidance: Tensor | float, chunk: int | None = None) -> Tensor:
-    """Parallel x_hat, away from the uncontrolled one; guidance: a number, or one a latent step (B, S, 1)."""
+    """Parallel x_hat, away from the uncontrolled one; guidance: a number, or one a value (B, S, E)."""
     x_hat = model(x_t, t, d, controls, history, chunk)
     if not torch.is_tensor(guidance) and guidance == 1:
         return x_hat
@@ -732,12 +732,12 @@ def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Contr
 
 
 def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
-                  guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:
+                  guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:    # cuts: rising
     """A large step must land where smaller ones do (ShortCut, section 3.3): the steps of the sampler's grids
     of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Of 4 two half steps of the
     few-step mode; of 8 one whole step, at the velocity that the multi-step mode, guided, has half way (our
     choice: Euler's steps lose energy, faint sounds fall silent). But the last denoises: the sound's by two
-    half steps, the picture's, lest it flicker, by one. The error is x_hat's: that of u explodes."""
+    half steps, the picture's, lest it flicker, by the multi-step mode's one. The error is x_hat's."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
     start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
@@ -745,11 +745,11 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
     p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
     times = each_value(cfg, warp(p, cfg.shifts)).to(x)
-    longer = (span < len(start) - max(cuts))[..., None].to(x)          # (B, S, 1): 1 if of 4, 0 if of 8
-    scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * longer
-    x_t, halves = add_noise(x, torch.randn_like(x), times[0]), longer.maximum((times[2] == 1).to(x))
+    few = each_value(cfg, ((span < len(start) - max(cuts))[..., None] & ~last[span]).to(x))   # 1: it teaches
+    scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * few
+    x_t, halves = add_noise(x, torch.randn_like(x), times[0]), few.maximum((times[2] == 1).to(x))
     def predict(z, k):
-        return guided(teacher, z, times[k], times.diff(dim=0)[k] * longer, controls, history, scale)
+        return guided(teacher, z, times[k], times.diff(dim=0)[k] * few, controls, history, scale)
     with torch.no_grad():
         middle = denoise(predict, x_t, times[:2])[-1]
         begin, since = x_t.lerp(middle, halves), times[0].lerp(times[1], halves)     # midpoint: from x_t
@@ -779,7 +779,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
         x_fake = fake(x_t, t, torch.zeros_like(t), controls, seen, chunk)
         gap = torch.stack([part.abs().mean(-1) for part in cut_branches(cfg, x_hat - x_real)], -1)
         gap = gap.unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)        # by chunk and branch
-        target = x_hat - (x_fake - x_real) / each_value(cfg, gap.clamp(min=0.2))       # noise is not enlarged
+        target = x_hat - (x_fake - x_real) / each_value(cfg, gap.clamp(min=0.2))       # by 5 at most
     return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
 
 

@@ -298,7 +298,7 @@ def evaluate(args) -> dict:
                 films = remake(model, talkers, few=mode == "few", steps=steps, guidance=args.guidance,
                                babble=control == "babbling", window=args.window, seed=args.seed)
                 add(films, control, name, mode, steps, args.guidance)
-    return {"windows": windows_of(args.seconds), "rows": rows}
+    return {"windows": windows_of(truth.frames.shape[1] / cfg.fps), "rows": rows}
 
 
 # ---- Writing films: into a folder beside the result, chunk by chunk, and renamed when whole. ---------------
@@ -609,8 +609,8 @@ def run(args) -> int:
         return 0
     if args.evaluate:
         args.seconds = args.seconds or 25.0
-        if args.talkers < 2 or args.seconds < WINDOWS[0][1]:
-            raise UserError(f"--evaluate needs at least 2 talkers and {WINDOWS[0][1]} seconds")
+        if args.talkers < 2 or not WINDOWS[0][1] <= args.seconds <= 86400:
+            raise UserError(f"--evaluate needs at least 2 talkers, and {WINDOWS[0][1]} seconds to a day")
         result = evaluate(args)
         print(json.dumps(result) if args.json else train.markdown(result["rows"]))
         return 0

@@ -45,10 +45,10 @@ from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, AudioVideoTransformer,
-                            CheckpointError, Config, Controls, VideoCodec, dmd_loss, flow_matching_loss,
-                            generate, join, load_checkpoint, load_file, mutual_forcing_loss, replace_file,
-                            rollout, save_checkpoint, save_file, shortcut_loss, spell, split, stream,
-                            time_grid)
+                            CheckpointError, Config, Controls, VideoCodec, add_noise, dmd_loss,
+                            flow_matching_loss, generate, join, load_checkpoint, load_file,
+                            mutual_forcing_loss, replace_file, rollout, save_checkpoint, save_file,
+                            shortcut_loss, spell, split, stream, time_grid)
 
 # ---- The synthetic talker: a drawn face that speaks, rich enough to learn, exact enough to measure. --------
 
@@ -410,7 +410,7 @@ def frames_of(cfg: Config, seconds: float) -> int:
     return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
 
 
-def film_batch(model, draw, seed: int, stage: int, step: int, rows: range, seconds: float, babble=0.45):
+def film_batch(model, draw, seed: int, stage: int, step: int, rows: range, seconds: float, babble: float):
     """Rows of the batch of a training step, on the model's device: a function of its sizes and of the other
     arguments, so that a run can be resumed anywhere, and divided among processes and passes. Controls are
     dropped by chance, as guidance and babbling need; babble: the share of films without words."""
@@ -488,15 +488,16 @@ class Plan(NamedTuple):
     seconds: list = [1.5, 1.5, 3.0]    # of clips, in turn
     batch: int = 8         # clips of the first length in a step
     ema: float = 0.999
-    babble: float = 0.45   # share of clips without words: few steps have to learn most there
+    babble: float = 0.6    # share of clips without words: few steps have to learn most there
+    picture: float = 1.0   # pace of its branch, times lr: in stage 3, at 1, faces moved more than the world's
 
     def clips(self, seconds: float) -> int:
         """Clips of this length in a step, among all processes: at about equal cost."""
         return max(1, round(self.batch * self.seconds[0] / seconds))
 
 
-STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(7500, babble=0.6),
-          "mutual": Plan(300, 2e-4, [3.0], 6, 0.99, 0.6)}  # clips that a history fits in
+STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(7500),
+          "mutual": Plan(500, lr=2e-4, seconds=[3.0], batch=6, ema=0.99, picture=0.15)}   # a history fits
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
@@ -532,19 +533,18 @@ def check_device(name: str) -> None:
         raise TrainingError(f"--device {name}: PyTorch sees no such device here") from None
 
 
-def optimizers_of(net: AudioVideoTransformer, pace: float) -> list[torch.optim.Optimizer]:
+def optimizers_of(net: AudioVideoTransformer, pace: float, picture: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices and AdamW for all else (our choice; the paper has AdamW alone): 1 to 3 %
     less loss after 200 steps, for 8 % more time. What only the few-step mode uses learns 4 times as fast: it
-    begins at zero, and disturbs nothing else. pace: times the rate."""
-    sizes = [*net.video.step.size.parameters(), *net.audio.step.size.parameters()]
-    sides = [*net.video.sides.parameters(), *net.audio.sides.parameters()]
-    matrices = [weight for weight in sides if weight.ndim == 2]
-    taken = {id(weight) for weight in (*sizes, *matrices)}
-    others = [weight for weight in net.parameters() if id(weight) not in taken]
-    groups = [{"params": others, "pace": pace}, {"params": sizes, "pace": 4 * pace, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.02, fused=True),
-            torch.optim.Muon([{"params": matrices, "pace": pace}], weight_decay=0.02,
-                             adjust_lr_fn="match_rms_adamw")]
+    begins at zero, and disturbs nothing else. pace: times the rate; picture: that branch's pace, times it."""
+    matrices, others = {}, {}                              # parameter groups
+    for name, weight in net.named_parameters():
+        own, size = pace * (picture if branch_of(name) == "video" else 1), ".step.size." in name
+        group = {"params": [], "pace": 4 * own if size else own, "weight_decay": 0.0 if size else 0.02}
+        kind = matrices if ".sides." in name and weight.ndim == 2 else others
+        kind.setdefault((own, size), group)["params"].append(weight)
+    return [torch.optim.AdamW(others.values(), betas=(0.9, 0.95), fused=True),
+            torch.optim.Muon(matrices.values(), adjust_lr_fn="match_rms_adamw")]
 
 
 class InFp32(TorchFunctionMode):
@@ -582,9 +582,9 @@ class State:
         for net in (*self.nets.values(), args.real if stage == "mutual" else None):
             if net:
                 shard(net, args.device) if args.shard else net.to(args.device)
-        self.optimizers = {"model": optimizers_of(self.model, 1)}
+        self.optimizers = {"model": optimizers_of(self.model, 1, self.plan.picture)}
         if self.fake:                                      # has to keep up with the few-step mode
-            self.optimizers["fake"] = optimizers_of(self.fake, 5)
+            self.optimizers["fake"] = optimizers_of(self.fake, 5, self.plan.picture)
 
     def content(self, args) -> dict:
         """As plain types and, in the first process, whole tensors: any number of them can go on from it."""
@@ -618,7 +618,7 @@ def settings_of(args) -> dict:
 
 def losses_of(state: State, x: torch.Tensor, controls: Controls, args) -> tuple[dict, dict]:
     """The losses of this step by term, and figures to log."""
-    if state.stage == "mutual":
+    if state.stage == "mutual":                            # our choice: every fourth rollout, and DMD, of 8
         return mutual_forcing_loss(
             state.model, x, controls, teacher=state.ema, real=args.real or state.ema, fake=state.fake,
             steps=8 if state.step % 4 == 3 else 4, history=args.history, guidance=args.guidance,
@@ -685,7 +685,7 @@ def train_step(state: State, args) -> dict[str, float]:
 def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) -> None:
     """What the model makes now, a PNG: four films, few-step mode, 4 evaluations, two frames a chunk."""
     cfg, noise = model.cfg, torch.Generator().manual_seed(0)
-    _, controls = film_batch(model, draw, 0, len(STAGES), 0, range(4), seconds)
+    _, controls = film_batch(model, draw, 0, len(STAGES), 0, range(4), seconds, 0.5)
     chunks = generate(model, controls, round(seconds / cfg.chunk_seconds), time_grid(cfg, 4), generator=noise)
     video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
     films = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].cpu().numpy()
@@ -864,7 +864,7 @@ def time_stage(args, cfg: Config, stage: str, name: str) -> list[dict]:
     add(f"a step of {name}", lambda: train_step(state, args))
     if stage != "mutual" or args.real:
         return rows
-    x, controls = film_batch(state.model, talk, 0, 0, 0, range(args.batch), args.seconds[0])
+    x, controls = film_batch(state.model, talk, 0, 0, 0, range(args.batch), args.seconds[0], 0.5)
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], controls.each(lambda c: c[third])
     times, student = time_grid(cfg, 4).to(device), state.model
@@ -969,10 +969,10 @@ def scored(checkpoint: Path, device: str, mode: str, steps: str, guidance="1", s
 @torch.no_grad()
 def likeness(model: AudioVideoTransformer) -> list[float]:
     """How alike the two modes are: cosine of their attention outputs on the same noised chunks, by layer."""
-    x, controls = film_batch(model, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds)
+    x, controls = film_batch(model, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds, 0.5)
     begin, end = time_grid(model.cfg, 4)[1:3]
     torch.manual_seed(0)
-    x_t, outputs = torch.lerp(torch.randn_like(x), x, begin[0]), ([], [])
+    x_t, outputs = add_noise(x, torch.randn_like(x), begin[0]), ([], [])
     for seen, d in zip(outputs, (0 * begin, end - begin)):
         hooks = [side.out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
                  for branch in (model.video, model.audio) for side in branch.sides]
@@ -1168,6 +1168,8 @@ def train_stages(args) -> None:
         drawer(args.clips, stage)                                      # is there something for each of them?
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     print(f"{size:.2f} M parameters, {args.settings}", file=sys.stderr)
+    if not content and process()[0] == 0 and (old := args.out / "resume.pt").exists():
+        old.replace(args.out / "resume-before.pt")                     # another run's: it may be dear
     for stage in stages:
         state = State(model.train().requires_grad_(True), stage, args)
         if content and stage == content["stage"]:
