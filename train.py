@@ -1170,6 +1170,7 @@ def train_stages(args) -> None:
     print(f"{size:.2f} M parameters, {args.settings}", file=sys.stderr)
     if not content and process()[0] == 0 and (old := args.out / "resume.pt").exists():
         old.replace(args.out / "resume-before.pt")                     # another run's: it may be dear
+        print(f"{old}, of another run, is now resume-before.pt", file=sys.stderr)
     for stage in stages:
         state = State(model.train().requires_grad_(True), stage, args)
         if content and stage == content["stage"]:
