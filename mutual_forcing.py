@@ -742,7 +742,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
     start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
-    last = (stop == 1) & torch.tensor([True, False])       # video's, not audio's (spans, 2): is not halved
+    last = (stop == 1) & torch.tensor([True, False])       # (spans, 2): the picture's last is not halved
     p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
     times = each_value(cfg, warp(p, cfg.shifts)).to(x)
     few = each_value(cfg, ((span < len(start) - max(cuts))[..., None] & ~last[span]).to(x))   # 1: it teaches
