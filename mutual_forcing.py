@@ -23,7 +23,6 @@ import functools
 import hashlib
 import io
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -98,16 +97,17 @@ class VideoCodec:
     how patches differ at their border is little, but there the eye sees errors, as flicker and seams: tokens
     hold both enlarged, and decoding shrinks errors in them (not what lasts, as a wrong colour does)."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, device="cpu"):
         self.cfg, self.lap = cfg, torch.eye(cfg.image)     # prefilter of a lapped transform, of one axis
         for border in range(cfg.patch, cfg.image, cfg.patch):
             for k in range(cfg.patch // 2):                # mirrored pixels differ seam / (k + 1) times
                 pair, more = torch.tensor([border + k, border - k - 1]), max(0, cfg.seam / (k + 1) - 1) / 2
                 self.lap[pair] += more * (self.lap[pair] - self.lap[pair.flip(0)])
+        self.lap, self.unlap = self.lap.to(device), self.lap.inverse().to(device)
 
     def encode(self, frames: Tensor) -> Tensor:
         """A whole film, uint8 (B, F, image, image, 3), F in whole latent steps -> (B, S, N, video_dim)."""
-        cfg, b, lap = self.cfg, len(frames), self.lap.to(frames.device)
+        cfg, b, lap = self.cfg, len(frames), self.lap
         x = torch.einsum("yh,bfhwc,xw->bfyxc", lap, frames / 127.5 - 1, lap)
         x = x + (cfg.motion - 1) * x.diff(dim=1, prepend=x[:, :1])
         x = x.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
@@ -119,11 +119,11 @@ class VideoCodec:
 
     def decode_next(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, S, N, video_dim) -> uint8 frames, and the last, unrounded, for the next call (None: start)."""
-        cfg, b, frames, lap = self.cfg, len(x), [], self.lap.inverse().to(x.device)
+        cfg, b, frames, lap = self.cfg, len(x), [], self.unlap
         x = x.to(lap).reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
         x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, -1, cfg.image, cfg.image, 3)
         for frame in torch.einsum("yh,bfhwc,xw->bfyxc", lap, x, lap).unbind(1):
-            frames.append(last := frame if last is None else last + (frame - last) / cfg.motion)
+            frames.append(last := frame if last is None else last.lerp(frame, 1 / cfg.motion))
         return ((torch.stack(frames, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), last
 
 
@@ -131,17 +131,17 @@ class AudioCodec:
     """Samples to MDCT spectra, companded, sign(c) |c|^p, or peaks own the loss (our choice; paper: a VAE).
     Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; neighbours' aliases cancel."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, device="cpu"):
         self.cfg, m = cfg, cfg.hop
         n, k = torch.arange(2 * m, dtype=torch.float64)[:, None], torch.arange(m, dtype=torch.float64)
         window = torch.sin(math.pi / (2 * m) * (n + 0.5))
         basis = window * math.sqrt(2 / m) * torch.cos(math.pi / m * (n + 0.5 + m / 2) * (k + 0.5))
-        self.basis = basis.float()                                     # (2 hop, hop)
+        self.basis = basis.float().to(device)                          # (2 hop, hop)
 
     def encode(self, samples: Tensor) -> Tensor:
         """A whole film (B, n) in [-1, 1], n in whole latent steps -> (B, S, N, audio_dim)."""
         cfg, hops = self.cfg, F.pad(samples, (self.cfg.hop, 0)).unflatten(1, (-1, self.cfg.hop))
-        c = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis.to(samples.device)     # the spectrum
+        c = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis    # the spectrum
         c = c.sign() * c.abs() ** cfg.compand * cfg.sound_scale        # about unit variance, few peaks
         return c.reshape(len(samples), -1, cfg.audio_tokens, cfg.audio_dim)
 
@@ -153,7 +153,7 @@ class AudioCodec:
         """(B, S, N, audio_dim) -> samples (B, n), at first a hop short; and (B, hop) for the next to take."""
         m = self.cfg.hop
         c = x.sign() * (x.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
-        halves = c.reshape(len(x), -1, m) @ self.basis.T.to(x.device)  # (B, hops, 2 hop)
+        halves = c.reshape(len(x), -1, m) @ self.basis.T               # (B, hops, 2 hop)
         samples = halves[:, :-1, m:] + halves[:, 1:, :m]
         if tail is not None:
             samples = torch.cat([(tail + halves[:, 0, :m])[:, None], samples], 1)
@@ -196,7 +196,7 @@ def progress(cfg: Config, steps: int) -> Tensor:
 
 def each_value(cfg: Config, x: Tensor) -> Tensor:
     """A number for video and one for audio (..., 2) -> repeated for each value of a latent step (..., E)."""
-    return x.repeat_interleave(torch.tensor([cfg.video_values, cfg.audio_values], device=x.device), -1)
+    return torch.where(torch.arange(cfg.step_values, device=x.device) < cfg.video_values, *x.split(1, -1))
 
 
 def time_grid(cfg: Config, steps: int) -> Tensor:
@@ -211,7 +211,7 @@ def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     half of the chunks both have the same u; in the others either learns to follow the other (our choice)."""
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
     u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
-    return each_value(cfg, warp(u, cfg.shifts).repeat_interleave(chunk, 1)).to(x)
+    return each_value(cfg, warp(u, cfg.shifts).repeat_interleave(chunk, 1).to(x))
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -296,7 +296,7 @@ class TextEmbedding(nn.Module):
 
 
 @functools.cache
-def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
+def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """The 3-D rotary embedding: time (clock_ticks, head_dim / 4) and place (N, head_dim / 4), complex phases.
     The unit of time is a hop of sound. Every frequency is a whole number of turns a period (our choice), so
     that positions stay bounded. Half of a head's pairs turn with time, half with place (a sound has none)."""
@@ -306,7 +306,7 @@ def rotary_table(cfg: Config) -> tuple[Tensor, Tensor]:
     rates = torch.logspace(0, -1, pairs // 2, dtype=torch.float64)
     place = torch.stack(torch.meshgrid(torch.arange(cfg.grid), torch.arange(cfg.grid), indexing="ij"), -1)
     place = (place.reshape(-1, 2, 1) * rates).flatten(1)
-    return tuple(torch.polar(torch.ones_like(angle), angle).cfloat() for angle in (time, place))
+    return tuple(torch.polar(torch.ones_like(x), x).cfloat().to(device) for x in (time, place))
 
 
 def rotate(x: Tensor, gain: Tensor, phases: Tensor) -> Tensor:
@@ -413,7 +413,7 @@ class AudioVideoTransformer(nn.Module):
         """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
         n = self.cfg.step_sounds
         ticks = steps[:, None] * n + torch.arange(n, device=steps.device)
-        time, place = (phases.to(steps.device) for phases in rotary_table(self.cfg))
+        time, place = rotary_table(self.cfg, steps.device)
         time, place = time[ticks % self.cfg.clock_ticks], place.expand(len(steps), -1, -1)   # (S, .., pairs)
         audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
         return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
@@ -443,9 +443,9 @@ class AudioVideoTransformer(nn.Module):
         """The first frame, or what stands in for it: one clean, timeless latent step of video."""
         first = self.video.embed(controls.first.to(self.no_first))
         tokens = torch.where(controls.has_first[:, None, None, None], first, self.no_first) + self.video.place
-        one = torch.ones(len(tokens), 1, device=tokens.device)
-        changes, place = self.video.modulate(one, 0 * one, controls.character), rotary_table(self.cfg)[1]
-        return Part(self.video, tokens, changes, torch.cat([0 * place, place], -1).to(one.device))
+        t, place = tokens.new_ones((len(tokens), 1)).float(), rotary_table(self.cfg, tokens.device)[1]
+        changes = self.video.modulate(t, 0 * t, controls.character)
+        return Part(self.video, tokens, changes, torch.cat([0 * place, place], -1))
 
     def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
         """All blocks. attend(layer, {name: (q, k, v)}) -> {name: seen} is what the two forms differ in."""
@@ -627,7 +627,8 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
     for index in range(chunks):
         steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
         script = model.script(controls.chunk(cfg, index), steps)
-        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator).to(device)   # the CPU's
+        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator,      # a CPU's: as on any device
+                        device=generator.device if generator else device).to(device)
         if clips is not None:
             truth = clips.unflatten(1, (-1, cfg.chunk))[:, index]
             x = add_noise(truth + error, x, times[0])
@@ -681,7 +682,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
     chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
     controls = film_controls(cfg, chunks, transcript, character, first_frame).each(lambda x: x.to(device))
-    video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
+    video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
     last, tail, rest = None, None, frames * cfg.sample_rate // cfg.fps         # rest: samples to come
     for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
                            guidance=guidance, window=window, generator=generator):
@@ -744,7 +745,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
     last = (stop == 1) & torch.tensor([True, False])       # (spans, 2): the picture's last is not halved
     p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
-    times = each_value(cfg, warp(p, cfg.shifts)).to(x)
+    times = each_value(cfg, warp(p, cfg.shifts).to(x))
     few = each_value(cfg, ((span < len(start) - max(cuts))[..., None] & ~last[span]).to(x))   # 1: it teaches
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * few
     x_t, halves = add_noise(x, torch.randn_like(x), times[0]), few.maximum((times[2] == 1).to(x))
@@ -766,8 +767,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     states: all states of the sampler on times, made on the history without gradient; made (S,): its own
     latent steps. One step k is taken again with gradient, at the sampler's own d_k (our choice). chunk:
     None, or the whole clip, of which bidirectional scores see no history (Self-Forcing's teacher)."""
-    cfg = model.cfg
-    chunk, seen = (cfg.chunk, history) if chunk is None else (chunk, None)
+    cfg, (chunk, seen) = model.cfg, (chunk, None) if chunk else (model.cfg.chunk, history)
     k = int(torch.randint(len(times) - 1, ()))
     t, d = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k]))
     moved = displacement(model(states[k], t, d, controls, history), states[k], t, d)
@@ -851,7 +851,7 @@ def replace_file(path, data: bytes) -> None:
     part = Path(f"{path}.unfinished")
     try:
         part.write_bytes(data)
-        os.replace(part, path)
+        part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -890,7 +890,7 @@ def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
     try:
         cfg, weights, extra = Config(**content["config"]), content["weights"], dict(content["extra"])
         values = sum(math.inf if x.is_complex() else x.numel() for x in weights.values())
-        if values > os.path.getsize(path) or not all(x.isfinite().all() for x in weights.values()):
+        if values > Path(path).stat().st_size or not all(x.isfinite().all() for x in weights.values()):
             raise ValueError                                           # a small file may not cost much memory
         with torch.device("meta"):
             model = AudioVideoTransformer(cfg)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
 import train
@@ -244,7 +246,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
            window: int | None = None, seed: int = 0, batch: int = 16) -> Films:
     """Let a model make the films anew from their controls; every second one is given the first frame too."""
     cfg, made = model.cfg, []
-    _, controls = train.encode_films(cfg, films)
+    _, controls = train.encode_films(cfg, train.stack(films))
     symbols = torch.full_like(controls.symbols, cfg.symbols) if babble else controls.symbols
     controls = controls._replace(symbols=symbols, has_first=torch.arange(len(films)) % 2 == 0)
     chunks = len(films[0].frames) // cfg.chunk_frames
@@ -253,7 +255,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
     for start in range(0, len(films), batch):
         some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
-        frames, tokens, codec, last = [], [], VideoCodec(cfg), None
+        frames, tokens, codec, last = [], [], VideoCodec(cfg, model.no_first.device), None
         for states in generate(model, some, chunks, time_grid(cfg, steps), few=few, guidance=guidance,
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
@@ -350,12 +352,12 @@ class FilmWriter:
         result = self.path / ("sound.wav" if self.kind == ".wav" else f"film{self.kind}")
         if self.kind == ".mp4":
             mux = subprocess.run([
-                imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-progress", "pipe:1",
-                "-i", self.path / "video.mp4", "-i", self.path / "sound.wav", "-c:v", "copy",
-                "-c:a", "aac", "-ar", "48000", "-movflags", "+faststart", result],
-                capture_output=True, text=True)
-            if mux.returncode or f"frame={self.frames}\n" not in mux.stdout:
-                raise OSError(f"ffmpeg could not write the whole film {mux.stderr.strip()[-200:]}")
+                imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "level+verbose", "-i", self.path / "video.mp4",
+                "-i", self.path / "sound.wav", "-c:v", "copy", "-c:a", "aac", "-ar", "48000",
+                "-movflags", "+faststart", result], capture_output=True, text=True)
+            if mux.returncode or f"(video): {self.frames} packets muxed" not in mux.stderr:
+                why = " ".join(line for line in mux.stderr.splitlines() if "[error]" in line)
+                raise OSError(f"ffmpeg could not write the whole film {why[-200:]}")
         if self.kind == ".png":
             strip = filmstrip(self.stills, self.cfg, transcript)
             result.write_bytes(iio.imwrite("<bytes>", strip, extension=".png"))
@@ -406,11 +408,79 @@ def glyph_of(letter: str) -> np.ndarray:
     return np.array([[*map(int, f"{int(digit):03b}")] for digit in GLYPHS.get(letter, "00000")], np.uint8)
 
 
-# ---- Speed: one thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
+# ---- Speed. On a GPU a small network waits for its launches: --graphs replays whole passes instead. --------
+
+def cuda_graph(function, pool):
+    """Record what a function asks of the GPU -> a function that asks it again, and returns the same tensor;
+    and the pool of memory to pass on to the next graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = function()
+    return lambda: (graph.replay(), result)[1], graph.pool()
+
+
+class Graphed:
+    """A model for stream() and generate(), whose passes over a chunk are recorded as CUDA graphs when they
+    first occur, and replayed. One film at a time; all of one batch, grid, mode, guidance and window."""
+
+    def __init__(self, model: AudioVideoTransformer):
+        self.model, self.cache, self.pool, self.graphs, self.laid = model, None, None, {}, {}
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def lay(self, name, tree):
+        """Copy a tree of tensors to where the graphs read it, unless it lies there."""
+        place, last = self.laid.get(name) or (tree_map(torch.clone, tree), tree)
+        if last is not tree:
+            torch._foreach_copy_(tree_leaves(place), tree_leaves(tree))
+        self.laid[name] = place, tree
+        return place
+
+    def replay(self, key, function, once: bool = False):
+        """What the function returns, always in the same memory. once: it must not be run to warm up."""
+        if key not in self.graphs:
+            once or function()
+            self.graphs[key], self.pool = cuda_graph(function, self.pool)
+        return self.graphs[key]()
+
+    def start(self, *inputs):
+        """As the model's; but all films share one cache, which the graphs know."""
+        cache, self.moments = self.model.start(*inputs), {}
+        self.cache = self.cache or cache
+        assert cache.kv.shape == self.cache.kv.shape, "films of another batch, guidance or window"
+        self.cache.kv.copy_(cache.kv)
+        self.cache.count = 0
+        return self.cache
+
+    def script(self, controls, steps):
+        """As the model's."""
+        inputs = self.lay("controls", controls), self.lay("steps", steps)
+        script = self.replay("script", lambda: self.model.script(*inputs))
+        self.laid["script"] = script, script
+        return script
+
+    def step(self, x_t, changes, script, cache, keep: bool = False):
+        """As the model's. A graph serves one moment of the grid and one place in the cache's ring."""
+        k, count = self.moments.setdefault(id(changes), len(self.moments)), cache.count
+        inputs = [self.lay(*pair) for pair in (("x_t", x_t), (k, changes), ("script", script))]
+
+        def run():
+            cache.count = count
+            x_hat = self.model.step(*inputs, cache, keep)
+            return x_hat if keep else self.lay("x_hat", x_hat)         # one place for all
+
+        x_hat = self.replay((k, keep, min(count, cache.window), count % cache.window), run, once=keep)
+        cache.count = count + keep
+        return x_hat
+
+
+# One thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
 
 MULTI = {"mode": "multi", "steps": 50}
 BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, {"size": 96}, {"size": 128},
              {"cache": False}, {"size": 128, "cache": False}, {"seconds": 60}, {"seconds": 600})
+ON_A_GPU = tuple({"batch": batch, "seconds": 2} for batch in (64, 512, 1024, 2048))
 
 
 def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
@@ -428,7 +498,8 @@ def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
 
 
 @torch.inference_mode()
-def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, seconds=10, cache=True) -> dict:
+def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, seconds=10, cache=True,
+               graphs=False) -> dict:
     """Stream films, decode all and write the first (then thrown away); returns a row of the benchmark.
     As many chunks after its end, or 100, take turns with a new film's: the machine's moods touch both."""
     cfg, device = model.cfg, model.no_first.device
@@ -437,11 +508,14 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
         for index, _ in zip(range(cfg.window + 3), films_of(model, cfg.window + 3, **settings)):
             if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
+    makers = [Graphed(model) if graphs and cache else model for _ in range(2)]
+    for maker in makers if graphs and cache else ():       # the first film records
+        deque(films_of(maker, 2 * cfg.window, **settings), maxlen=0)
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
-        video_codec, audio_codec = VideoCodec(cfg), AudioCodec(cfg)
+        video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
         chunks, times, last, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None, None
         more = min(chunks, 100)
-        old, new = (films_of(model, count, **settings) for count in (chunks + more, more))
+        old, new = (films_of(maker, n, **settings) for maker, n in zip(makers, (chunks + more, more)))
         for _, states in zip(range(chunks), old):
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
@@ -461,7 +535,7 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
             "chunk_ms_new": fresh, "fps_model": 1000 * frames / model_ms.sum(),
             "fps_codec": 1000 * frames / codec_ms.sum(), "fps_end_to_end": frames / whole,
             "real_time_factor": frames / whole / cfg.fps, "peak_memory_mb": memory,
-            "limit_share": 1000 * products.alone(device) / middle}
+            "limit_share": 1000 * products.alone(device) / middle if batch <= 64 else None}    # else: memory
 
 
 # ---- The command line. -------------------------------------------------------------------------------------
@@ -525,9 +599,12 @@ def film_settings(args, cfg: Config) -> dict:
 
 
 def benchmark(args) -> dict:
-    """Rows of BENCHMARK, each measured by a process of its own."""
-    return {"machine": train.machine(args.device), "rows": [
-        train.apart(benchmark_row, args, change) for change in tqdm(BENCHMARK, disable=None)]}
+    """Rows of BENCHMARK; on a CPU each by a process of its own, whose peak memory is then the row's."""
+    rows, gpu = [], torch.device(args.device).type == "cuda"
+    for change in tqdm(BENCHMARK + ON_A_GPU if gpu else BENCHMARK, disable=None):
+        rows.append(benchmark_row(args, change) if gpu else train.apart(benchmark_row, args, change))
+        print(train.markdown(rows).splitlines()[-1], file=sys.stderr, flush=True)
+    return {"machine": train.machine(args.device), "rows": rows}
 
 
 def benchmark_row(args, change: dict) -> dict:
@@ -535,7 +612,10 @@ def benchmark_row(args, change: dict) -> dict:
     model = load_checkpoint(args.checkpoint)[0]
     if change.get("size", model.cfg.image) != model.cfg.image:
         model = AudioVideoTransformer(replace(model.cfg, image=change["size"]))
-    return time_films(train.in_precision(model.to(args.device), args.precision), **change)
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
+    model = train.in_precision(model.to(args.device), args.precision)
+    return time_films(model, graphs=args.graphs, **change)
 
 
 def make_film(args) -> tuple[dict, int]:
@@ -546,6 +626,9 @@ def make_film(args) -> tuple[dict, int]:
     cfg = model.cfg
     settings = film_settings(args, cfg)
     train.in_precision(model.to(args.device), args.precision)
+    if args.graphs:                                        # a film long enough to record them all
+        model, short = Graphed(model), 2 * cfg.window * cfg.chunk_seconds
+        deque(stream(model, **settings | {"seconds": short}), maxlen=0)
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
     writer, out, code, first, stop = FilmWriter(args.out, cfg), args.out, 0, None, []
@@ -592,6 +675,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
     add("--precision", choices=("fp32", "bf16"), help="default: what is faster here; to score, fp32")
+    add("--graphs", action="store_true", help="on a GPU: record the network's passes, and replay them")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--talkers", type=int, default=32, help="films to score; default %(default)s")
     add("--data", type=Path, help="folder of clips to score against, instead of talkers")
@@ -601,6 +685,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises UserError and the like."""
     train.check_device(args.device)
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.set_device(args.device)                 # where graphs are recorded
+    if args.graphs and (args.evaluate or torch.device(args.device).type != "cuda"):
+        raise UserError("--graphs: needs --device cuda, and is not for --evaluate")
     if args.data and not args.evaluate:
         raise UserError("--data: is for --evaluate")
     if args.benchmark:

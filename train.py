@@ -10,6 +10,7 @@ import colorsys
 import copy
 import dataclasses
 import errno
+import functools
 import hashlib
 import html
 import json
@@ -23,6 +24,7 @@ import sys
 import time
 import timeit
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -41,7 +43,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mutual_forcing import (ALPHABET, BRANCHES, FORMAT, SILENCE, AudioCodec, AudioVideoTransformer,
@@ -396,13 +398,23 @@ def drawer(clips: list[Film] | None, stage: str):
 
 # ---- The data: films to latents and controls. --------------------------------------------------------------
 
-def encode_films(cfg: Config, films: list[Film]) -> tuple[torch.Tensor, Controls]:
-    """Films of equal length -> latents (B, S, E), and their controls, none of them dropped."""
-    frames, samples, symbols, character = (torch.from_numpy(np.stack(part)) for part in zip(*films))
-    codec = VideoCodec(cfg)
-    still = frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1)      # the first frame fills one latent step
-    controls = Controls(symbols, character, codec.encode(still), torch.ones(len(films), dtype=torch.bool))
-    return join(codec.encode(frames), AudioCodec(cfg).encode(samples)), controls
+def stack(films: list[Film]) -> Film:
+    """Films of equal length -> one of tensors, each with an axis more."""
+    return Film(*(torch.from_numpy(np.stack(part)) for part in zip(*films)))
+
+
+@functools.cache
+def codecs(cfg: Config, device: torch.device) -> tuple[VideoCodec, AudioCodec]:
+    """The codecs, whose tables take as long to make as some films."""
+    return VideoCodec(cfg, device), AudioCodec(cfg, device)
+
+
+def encode_films(cfg: Config, films: Film) -> tuple[torch.Tensor, Controls]:
+    """Stacked films -> latents (B, S, E), and their controls, none of them dropped; on the films' device."""
+    video, audio = codecs(cfg, films.frames.device)
+    first = video.encode(films.frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1))      # a latent step
+    controls = Controls(films.symbols, films.character, first, torch.ones_like(films.character).bool())
+    return join(video.encode(films.frames), audio.encode(films.samples)), controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
@@ -410,18 +422,44 @@ def frames_of(cfg: Config, seconds: float) -> int:
     return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
 
 
-def film_batch(model, draw, seed: int, stage: int, step: int, rows: range, seconds: float, babble: float):
-    """Rows of the batch of a training step, on the model's device: a function of its sizes and of the other
-    arguments, so that a run can be resumed anywhere, and divided among processes and passes. Controls are
-    dropped by chance, as guidance and babbling need; babble: the share of films without words."""
+def draw_films(cfg: Config, draw, seed: int, index: int, step: int, rows: range, seconds: float):
+    """Rows of the films of a step of stage number index, stacked; with numbers in 0..1 (3, rows), by which
+    their controls are dropped. A function of its arguments, so that a run can be resumed anywhere, and
+    divided among processes and passes."""
+    chances = [np.random.default_rng([seed, index, step, row]) for row in rows]
+    films = stack([draw(cfg, rng, frames_of(cfg, seconds)) for rng in chances])
+    return films, torch.from_numpy(np.stack([rng.random(3) for rng in chances], 1))
+
+
+def film_batch(model, drawn: tuple[Film, torch.Tensor], babble: float):
+    """What draw_films() drew -> latents and controls, on the model's device. Controls are dropped by chance,
+    as guidance and babbling need; babble: the share of films without words."""
     cfg, like = model.cfg, model.no_first
-    chances = [np.random.default_rng([seed, stage, step, row]) for row in rows]
-    x, controls = encode_films(cfg, [draw(cfg, rng, frames_of(cfg, seconds)) for rng in chances])
-    chance, null = np.stack([rng.random(3) for rng in chances], 1), controls.dropped(cfg)
-    words, who, first = torch.from_numpy(chance >= np.array([[babble], [0.3], [0.5]]))     # what is kept
-    controls = Controls(torch.where(words[:, None], controls.symbols, null.symbols),
-                        torch.where(who, controls.character, null.character), controls.first, first)
-    return x.to(like.device, like.dtype), controls.each(lambda c: c.to(like.device))
+    films, chance = Film(*(part.to(like.device) for part in drawn[0])), drawn[1].to(like.device)
+    x, controls = encode_films(cfg, films)
+    words, who, first = chance >= chance.new_tensor([[babble], [0.3], [0.5]])          # what is kept
+    null = controls.dropped(cfg)
+    return x.to(like.dtype), Controls(torch.where(words[:, None], controls.symbols, null.symbols),
+                                      torch.where(who, controls.character, null.character),
+                                      controls.first, first)
+
+
+@dataclasses.dataclass
+class Draws:
+    """The films of a stage, by (step, part of its batch), as a DataLoader asks for them."""
+    cfg: Config
+    draw: Callable
+    seed: int
+    index: int
+    plan: "Plan"
+    parts: int
+
+    def __getitem__(self, key: tuple[int, int]):
+        step, part = key
+        seconds = self.plan.seconds[step % len(self.plan.seconds)]     # lengths in turn
+        size = self.plan.clips(seconds) // self.parts
+        rows = range(part * size, (part + 1) * size)
+        return draw_films(self.cfg, self.draw, self.seed, self.index, step, rows, seconds)
 
 
 # ---- Many processes (torchrun) and many passes: each takes its part; gradients are averaged. ---------------
@@ -574,7 +612,7 @@ class State:
 
     def __init__(self, model: AudioVideoTransformer, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
-        self.draw = drawer(args.clips, stage)
+        self.draw, self.films = drawer(args.clips, stage), None
         self.model, self.ema, self.fake = model, copy.deepcopy(model).requires_grad_(False), None
         self.nets = {"model": self.model, "ema": self.ema}
         if stage == "mutual" and args.dmd > 0:
@@ -585,6 +623,18 @@ class State:
         self.optimizers = {"model": optimizers_of(self.model, 1, self.plan.picture)}
         if self.fake:                                      # has to keep up with the few-step mode
             self.optimizers["fake"] = optimizers_of(self.fake, 5, self.plan.picture)
+
+    def next_films(self, args):
+        """What draw_films() draws for the next pass: on the spot, or ahead, by processes for that alone."""
+        if self.films is None:
+            (rank, ranks), passes = process(), args.accumulate
+            mine, index = range(rank * passes, (rank + 1) * passes), list(STAGES).index(self.stage)
+            draws = Draws(self.model.cfg, self.draw, args.seed, index, self.plan, ranks * passes)
+            keys = [(step, part) for step in range(self.step, self.plan.steps) for part in mine]
+            self.films = iter(DataLoader(                  # not in our group: Ctrl-C is not for them
+                draws, None, sampler=keys, num_workers=args.workers, worker_init_fn=lambda _: os.setpgrp(),
+                multiprocessing_context="fork" if args.workers else None))
+        return next(self.films)
 
     def content(self, args) -> dict:
         """As plain types and, in the first process, whole tensors: any number of them can go on from it."""
@@ -639,14 +689,13 @@ def backward(state: State, losses: dict) -> dict[str, float]:
         others = [weight.grad for weight in net.parameters()]
         net.zero_grad()
         loss.backward()
-        squares = dict.fromkeys(BRANCHES, 0.0)
-        for (name, weight), other in zip(net.named_parameters(), others):
-            if weight.grad is not None:
-                squares[branch_of(name)] += weight.grad.square().sum()
+        for branch in BRANCHES:
+            own = [weight.grad for name, weight in net.named_parameters() if branch_of(name) == branch]
+            norm = torch.nn.utils.get_total_norm([x for x in own if x is not None])
+            norms[f"norm_{term}_{branch}"] = (norm.full_tensor() if type(norm) is DTensor else norm).item()
+        for weight, other in zip(net.parameters(), others):
             if other is not None:
                 weight.grad = other if weight.grad is None else weight.grad + other
-        squares = tree_map_only(DTensor, DTensor.full_tensor, squares)
-        norms |= {f"norm_{term}_{branch}": float(square) ** 0.5 for branch, square in squares.items()}
     return norms
 
 
@@ -654,11 +703,9 @@ def train_step(state: State, args) -> dict[str, float]:
     """One step of the state's stage; returns the figures to log, of this process's last part of the batch
     (and norms of that part's share). Raises TrainingError at a loss of NaN."""
     index, plan, (rank, ranks) = list(STAGES).index(state.stage), state.plan, process()
-    seconds, parts = plan.seconds[state.step % len(plan.seconds)], ranks * args.accumulate   # lengths in turn
-    size, bf16 = plan.clips(seconds) // parts, args.precision == "bf16"
+    parts, bf16 = ranks * args.accumulate, args.precision == "bf16"
     for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
-        x, controls = film_batch(state.model, state.draw, args.seed, index, state.step,
-                                 range(part * size, (part + 1) * size), seconds, plan.babble)
+        x, controls = film_batch(state.model, state.next_films(args), plan.babble)
         torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
         with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             losses, logs = losses_of(state, x, controls, args)
@@ -685,10 +732,10 @@ def train_step(state: State, args) -> dict[str, float]:
 def write_strip(model: AudioVideoTransformer, draw, seconds: float, path: Path) -> None:
     """What the model makes now, a PNG: four films, few-step mode, 4 evaluations, two frames a chunk."""
     cfg, noise = model.cfg, torch.Generator().manual_seed(0)
-    _, controls = film_batch(model, draw, 0, len(STAGES), 0, range(4), seconds, 0.5)
+    _, controls = film_batch(model, draw_films(cfg, draw, 0, len(STAGES), 0, range(4), seconds), 0.5)
     chunks = generate(model, controls, round(seconds / cfg.chunk_seconds), time_grid(cfg, 4), generator=noise)
     video, _ = split(cfg, torch.cat([states[-1] for states in chunks], 1))
-    films = VideoCodec(cfg).decode(video)[:, ::cfg.chunk_frames // 2].cpu().numpy()
+    films = VideoCodec(cfg, video.device).decode(video)[:, ::cfg.chunk_frames // 2].cpu().numpy()
     write_picture(path, np.vstack([np.hstack(film) for film in films]))        # a row each, time to the right
 
 
@@ -811,6 +858,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def faster_precision(device) -> str:
     """The faster precision for small products: without a unit for it, bf16 is a hundred times slower."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
     def seconds(precision):
         a, b = (torch.randn(n, 192, dtype=PRECISIONS[precision], device=device) for n in (48, 768))
         return fastest(lambda: a @ b.T, device, 10)
@@ -838,6 +888,7 @@ def markdown(rows: list[dict]) -> str:
 def benchmark(args, cfg: Config) -> dict:
     """Seconds of one step of each stage, of the parts of stage 3 on their share of the rows, and of
     Self-Forcing's recipe, each beside its matrix products alone; and the most memory that a step holds."""
+    args.steps, args.workers = None, 0                     # the drawing counts
     plan = plan_of(args, "joint")                          # one length and batch, to compare the stages by
     args.seconds, args.batch, args.dmd = plan.seconds[:1], plan.batch, 1 / 3
     rows = sum((apart(time_stage, args, cfg, stage, f"stage {stage}") for stage in STAGES), [])
@@ -864,7 +915,8 @@ def time_stage(args, cfg: Config, stage: str, name: str) -> list[dict]:
     add(f"a step of {name}", lambda: train_step(state, args))
     if stage != "mutual" or args.real:
         return rows
-    x, controls = film_batch(state.model, talk, 0, 0, 0, range(args.batch), args.seconds[0], 0.5)
+    drawn = draw_films(cfg, talk, 0, 0, 0, range(args.batch), args.seconds[0])
+    x, controls = film_batch(state.model, drawn, 0.5)
     third = slice(0, max(1, args.batch // 3))
     some, said = x[third], controls.each(lambda c: c[third])
     times, student = time_grid(cfg, 4).to(device), state.model
@@ -941,7 +993,8 @@ def train_arm(name: str, seed: int, args, arms: dict) -> Path:
         train_arm(before, 0, args, arms)
     folder, options = args.out / f"{name}-{seed}", [word.format(**vars(args)) for word in options.split()]
     arm = build_parser().parse_args([*options, "--seed", str(seed), "--out", str(folder)])
-    arm.device, arm.precision, made = args.device, args.precision, folder / f"{arm.stage}.pt"
+    arm.device, arm.precision, arm.workers = args.device, args.precision, args.workers
+    made = folder / f"{arm.stage}.pt"
     if folder.name not in arms or not made.exists() or load_checkpoint(made)[1]["step"] < arm.steps:
         arm.resume = (folder / "resume.pt").exists()
         run(arm)
@@ -969,7 +1022,8 @@ def scored(checkpoint: Path, device: str, mode: str, steps: str, guidance="1", s
 @torch.no_grad()
 def likeness(model: AudioVideoTransformer) -> list[float]:
     """How alike the two modes are: cosine of their attention outputs on the same noised chunks, by layer."""
-    x, controls = film_batch(model, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds, 0.5)
+    drawn = draw_films(model.cfg, talk, 0, len(STAGES), 0, range(8), 2 * model.cfg.chunk_seconds)
+    x, controls = film_batch(model, drawn, 0.5)
     begin, end = time_grid(model.cfg, 4)[1:3]
     torch.manual_seed(0)
     x_t, outputs = add_noise(x, torch.randn_like(x), begin[0]), ([], [])
@@ -1052,6 +1106,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=number(int, 0, 999999), default=0, help="of all chance; default 0")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--precision", choices=PRECISIONS, help="of matrix products; default: what is faster here")
+    add("--workers", type=number(int, 0, 1000), help="processes that draw films ahead; default: on a GPU one "
+        "for each other core, 16 at most, else none")
     add("--log-every", type=count, default=20, metavar="STEPS", help="between lines of log.jsonl; default 20")
     add("--save", type=count, default=250, metavar="STEPS", help="between checkpoints; default 250")
     add("--out", type=Path, default=Path("runs/talker"), help="folder of all it makes; default %(default)s")
@@ -1094,6 +1150,9 @@ def check(args, cfg: Config) -> None:
                 f"{rows}, for {parts} parts and an equal share of each objective")
     if not args.precision:                                 # one for all processes
         args.precision = "bf16" if anyone(faster_precision(args.device) == "bf16", args.device) else "fp32"
+    if args.workers is None:
+        spare = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1       # torchrun's
+        args.workers = max(0, min(16, spare)) if args.device.startswith("cuda") else 0
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
