@@ -438,9 +438,10 @@ class Graphed:
         return place
 
     def replay(self, key, function, once: bool = False):
-        """What the function returns, always in the same memory. once: it must not be run to warm up."""
+        """What the function returns, always in the same memory. once: it may not run to warm up."""
         if key not in self.graphs:
-            once or function()
+            if not once:
+                function()
             self.graphs[key], self.pool = cuda_graph(function, self.pool)
         return self.graphs[key]()
 
