@@ -751,7 +751,7 @@ def test_processes_and_passes_make_the_same_run(tmp_path):
         run = subprocess.run([sys.executable, *start, script, tmp_path / folder, jobs, *words, *more],
                              env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"},
                              stderr=subprocess.PIPE, text=True)
-        assert run.returncode == ("die" in jobs) and ("Traceback" not in run.stderr or run.returncode)
+        assert run.returncode == ("die" in jobs) and ("Traceback" not in run.stderr or run.returncode), run.stderr
         return run.stderr
 
     def made(folder, stage, rank=0):
