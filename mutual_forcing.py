@@ -770,8 +770,8 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     cfg, (chunk, seen) = model.cfg, (chunk, None) if chunk else (model.cfg.chunk, history)
     k = int(torch.randint(len(times) - 1, ()))
     t, d = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k]))
-    moved = displacement(model(states[k], t, d, controls, history), states[k], t, d)
-    x_hat = states[-1] + moved - moved.detach()            # our choice: as if later steps just passed it on
+    moved = model(states[k], t, d, controls, history) * (d / (1 - t)).sqrt()   # our choice: d / (1 - t) of it
+    x_hat = states[-1] + moved - moved.detach()            # enters the state; later ones make it the root
     with torch.no_grad():
         t = draw_times(cfg, x_hat, chunk)
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)

@@ -498,14 +498,15 @@ def test_shortcut_target_is_two_half_steps_of_an_analytic_flow():
         assert torch.allclose(spans, steps, atol=1e-6)
 
 
-def dmd_gradient(mean_real, mean_fake):
+def dmd_gradient(mean_real, mean_fake, times=mf.time_grid(TINY, 1)):
     """Gradient of the DMD loss on a generator's films when both scores are unit Gaussians of given means."""
+    torch.manual_seed(0)
     def score(mean):
         return Analytic(lambda x, t, d: mean + (x - t * mean) * t / (t ** 2 + (1 - t) ** 2))
     x, _, controls = some_clip()
     shift = torch.zeros((), requires_grad=True)
     net = Analytic(lambda x_t, t, d: x + shift)            # its films are x + shift, whatever the noise
-    loss, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, times=mf.time_grid(TINY, 1),
+    loss, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, times=times,
                           made=torch.ones(x.shape[1]).bool(), real=score(mean_real), fake=score(mean_fake))
     loss.backward()
     return float(shift.grad)
@@ -515,6 +516,8 @@ def test_dmd_gradient_has_the_right_sign_and_a_zero():
     assert dmd_gradient(2.0, 0.0) < -1e-3                  # descent moves the films up, toward the real mean
     assert dmd_gradient(-2.0, 0.0) > 1e-3
     assert dmd_gradient(1.0, 1.0) == 0
+    first, last = (dmd_gradient(2.0, 0.0, mf.time_grid(TINY, 4)[k:k + 2]) for k in (0, 3))
+    assert 0.19 < first / last < 0.28    # roots of d / (1 - t), 0.039 and 0.077
 
 
 def test_a_stage_has_its_own_plan_but_for_what_is_said():
@@ -1374,7 +1377,7 @@ def test_every_config_field_is_read():
 
 
 @pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1296), ("sample.py", 739),
-                                          ("test_mutual_forcing.py", 1441)])
+                                          ("test_mutual_forcing.py", 1444)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
