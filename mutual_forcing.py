@@ -771,7 +771,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     k = int(torch.randint(len(times) - 1, ()))
     t, d = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k]))
     moved = model(states[k], t, d, controls, history) * (d / (1 - t)).sqrt()   # our choice: d / (1 - t) of it
-    x_hat = states[-1] + moved - moved.detach()            # enters the state; later ones make it the root
+    x_hat = states[-1] + moved - moved.detach()            # enters the state; later steps make that the root
     with torch.no_grad():
         t = draw_times(cfg, x_hat, chunk)
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)

@@ -512,12 +512,12 @@ def dmd_gradient(mean_real, mean_fake, times=mf.time_grid(TINY, 1)):
     return float(shift.grad)
 
 
-def test_dmd_gradient_has_the_right_sign_and_a_zero():
+def test_dmd_gradient_has_the_right_sign_size_and_a_zero():
     assert dmd_gradient(2.0, 0.0) < -1e-3                  # descent moves the films up, toward the real mean
     assert dmd_gradient(-2.0, 0.0) > 1e-3
     assert dmd_gradient(1.0, 1.0) == 0
     first, last = (dmd_gradient(2.0, 0.0, mf.time_grid(TINY, 4)[k:k + 2]) for k in (0, 3))
-    assert 0.19 < first / last < 0.28    # roots of d / (1 - t), 0.039 and 0.077
+    assert 0.19 < first / last < 0.28                      # as the roots of d / (1 - t)
 
 
 def test_a_stage_has_its_own_plan_but_for_what_is_said():
