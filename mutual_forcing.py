@@ -188,8 +188,8 @@ def warp(u, shift=Config.audio_shift):
 
 
 def progress(cfg: Config, steps: int) -> Tensor:
-    """A sampler's grid as u of warp(), video's and audio's (steps + 1, 2). Even but for the picture's last
-    quarter of steps (our choice): begun earlier, it draws anew what stands still. So the grids nest."""
+    """A sampler's grid as u of warp() (steps + 1, 2). The picture's last quarter (our choice) begins late,
+    where training hardly draws times: begun earlier, it draws anew what stands still. The grids nest."""
     u = torch.linspace(0, 1, steps + 1)
     return torch.stack([torch.minimum(u * cfg.late / 0.75, 1 - (1 - u) * (1 - cfg.late) / 0.25), u], -1)
 
