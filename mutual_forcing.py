@@ -737,28 +737,28 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     """A large step must land where smaller ones do (ShortCut, section 3.3): the steps of the sampler's grids
     of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Of 4 two half steps of the
     few-step mode; of 8 one whole step, at the velocity that the multi-step mode, guided, has half way (our
-    choice: Euler's steps lose energy, faint sounds fall silent). But the last denoises: the sound's by two
-    half steps, the picture's, lest it flicker, by the multi-step mode's one. The error is x_hat's."""
+    choice: Euler's steps lose energy). But the last denoises: the sound's by two half steps, the picture's by
+    the multi-step mode's one, from an earlier time (our choice): what shows only later would flicker."""
     cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
     grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
     start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
-    last = (stop == 1) & torch.tensor([True, False])       # (spans, 2): the picture's last is not halved
-    p = torch.stack([start, torch.where(last, start, start.lerp(stop, 0.5)), stop])[:, span]   # (3, B, S, 2)
-    times = each_value(cfg, warp(p, cfg.shifts).to(x))
+    last = (stop == 1) & torch.tensor([True, False])       # (spans, 2): the picture's last is not halved, and
+    early = torch.where(last, 0.9, start)                  # is taught from where training still draws times
+    p = torch.stack([start, early, early.lerp(stop, 0.5 * ~last), stop])[:, span]              # (4, B, S, 2)
+    t, *times = each_value(cfg, warp(p, cfg.shifts).to(x))             # the student's, three of the teacher
     few = each_value(cfg, ((span < len(start) - max(cuts))[..., None] & ~last[span]).to(x))   # 1: it teaches
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * few
-    x_t, halves = add_noise(x, torch.randn_like(x), times[0]), few.maximum((times[2] == 1).to(x))
+    halves, noise, times = few.maximum((times[2] == 1).to(x)), torch.randn_like(x), torch.stack(times)
     def predict(z, k):
         return guided(teacher, z, times[k], times.diff(dim=0)[k] * few, controls, history, scale)
     with torch.no_grad():
-        middle = denoise(predict, x_t, times[:2])[-1]
-        begin, since = x_t.lerp(middle, halves), times[0].lerp(times[1], halves)     # midpoint: from x_t
+        middle = denoise(predict, z := add_noise(x, noise, times[0]), times[:2])[-1]
+        begin, since = z.lerp(middle, halves), times[0].lerp(times[1], halves)       # midpoint: from z
         end = begin + displacement(predict(middle, 1), middle, times[1], times[2] - since)
-        t, d = times[0], times[2] - times[0]
+        x_t, d = add_noise(x, noise, t), times[2] - t
         target = x_t + (end - x_t) * (1 - t) / d                      # the x_hat whose step d lands on end
-    x_hat = model(x_t, t, d, controls, history)
-    return mean_error("shortcut", cfg, (x_hat - target).square())
+    return mean_error("shortcut", cfg, (model(x_t, t, d, controls, history) - target).square())
 
 
 def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *, real, fake, times: Tensor,
@@ -768,11 +768,11 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     latent steps. One step k is taken again with gradient, at the sampler's own d_k (our choice). chunk:
     None, or the whole clip, of which bidirectional scores see no history (Self-Forcing's teacher)."""
     cfg, (chunk, seen) = model.cfg, (chunk, None) if chunk else (model.cfg.chunk, history)
-    k = int(torch.randint(len(times) - 1, ()))
-    t, d = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k]))
-    moved = model(states[k], t, d, controls, history) * (d / (1 - t)).sqrt()   # our choice: d / (1 - t) of it
-    x_hat = states[-1] + moved - moved.detach()            # enters the state; later steps make that the root
-    with torch.no_grad():
+    k, root = int(torch.randint(len(times) - 1, ())), each_value(cfg, torch.tensor([1 / 2, 0]))
+    t, d, root = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k], root))
+    moved = model(states[k], t, d, controls, history) * (d / (1 - t)) ** root  # our choice: d / (1 - t) of it
+    x_hat = states[-1] + moved - moved.detach()            # enters the state, and later steps make that about
+    with torch.no_grad():                                  # the root; the sound's counts whole, for letters
         t = draw_times(cfg, x_hat, chunk)
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
         x_real = guided(real, x_t, t, torch.zeros_like(t), controls, seen, guidance, chunk)
@@ -880,8 +880,8 @@ def load_file(path) -> dict:
 
 def save_checkpoint(path, model, extra: dict | None = None) -> None:
     """Store a model's config and its weights in half precision, with extra plain figures."""
-    weights = {name: x.half() for name, x in model.state_dict().items()}
-    save_file(path, {"format": FORMAT, "config": asdict(model.cfg), "weights": weights, "extra": extra or {}})
+    save_file(path, {"format": FORMAT, "config": asdict(model.cfg), "extra": extra or {},
+                     "weights": {name: x.half() for name, x in model.state_dict().items()}})
 
 
 def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:

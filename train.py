@@ -535,7 +535,7 @@ class Plan(NamedTuple):
 
 
 STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(7500),
-          "mutual": Plan(700, lr=2e-4, seconds=[3.0], batch=6, ema=0.99, picture=0.15)}   # a history fits
+          "mutual": Plan(200, lr=2e-4, seconds=[3.0], batch=12, ema=0.99, picture=0.15)}   # a history fits
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
@@ -937,7 +937,7 @@ def time_stage(args, cfg: Config, stage: str, name: str) -> list[dict]:
 # Each arm: how it is trained, most of them from one checkpoint of the end of stage 2 and for as many steps;
 # and what is scored of it: mode, evaluations, guidance, seconds.
 
-STAGE_3 = "--stage mutual --init {init} --steps 300 "
+STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 "
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
 ARMS = {
     "hybrid": (STAGE_3, "few-4 few-8 few-1 few-2 few-16 multi-50 few-4-1-60 few-4-1-600"),
