@@ -768,10 +768,10 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
     latent steps. One step k is taken again with gradient, at the sampler's own d_k (our choice). chunk:
     None, or the whole clip, of which bidirectional scores see no history (Self-Forcing's teacher)."""
     cfg, (chunk, seen) = model.cfg, (chunk, None) if chunk else (model.cfg.chunk, history)
-    k, root = int(torch.randint(len(times) - 1, ())), each_value(cfg, torch.tensor([1 / 2, 0]))
-    t, d, root = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k], root))
-    moved = model(states[k], t, d, controls, history) * (d / (1 - t)) ** root  # our choice: d / (1 - t) of it
-    x_hat = states[-1] + moved - moved.detach()            # enters the state, and later steps make that about
+    k, power = int(torch.randint(len(times) - 1, ())), each_value(cfg, torch.tensor([1 / 2, 0]))
+    t, d, power = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k], power))
+    moved = model(states[k], t, d, controls, history) * (d / (1 - t)) ** power  # our choice: d / (1 - t)
+    x_hat = states[-1] + moved - moved.detach()            # of it enters the state; later steps leave about
     with torch.no_grad():                                  # the root; the sound's counts whole, for letters
         t = draw_times(cfg, x_hat, chunk)
         x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
