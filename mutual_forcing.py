@@ -744,7 +744,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
     span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
     last = (stop == 1) & torch.tensor([True, False])       # (spans, 2): the picture's last is not halved, and
-    early = torch.where(last, 0.9, start)                  # is taught from where training still draws times
+    early = torch.where(last, start.clamp(max=0.9), start) # is taught from where training still draws times
     p = torch.stack([start, early, early.lerp(stop, 0.5 * ~last), stop])[:, span]              # (4, B, S, 2)
     t, *times = each_value(cfg, warp(p, cfg.shifts).to(x))             # the student's, three of the teacher
     few = each_value(cfg, ((span < len(start) - max(cuts))[..., None] & ~last[span]).to(x))   # 1: it teaches

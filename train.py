@@ -612,7 +612,9 @@ class State:
 
     def __init__(self, model: AudioVideoTransformer, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
-        self.draw, self.films = drawer(args.clips, stage), None
+        self.draw, self.films, self.index = drawer(args.clips, stage), None, list(STAGES).index(stage)
+        (rank, ranks), passes = process(), args.accumulate
+        self.parts, self.own = ranks * passes, range(rank * passes, (rank + 1) * passes)   # of a batch; ours
         self.model, self.ema, self.fake = model, copy.deepcopy(model).requires_grad_(False), None
         self.nets = {"model": self.model, "ema": self.ema}
         if stage == "mutual" and args.dmd > 0:
@@ -627,10 +629,8 @@ class State:
     def next_films(self, args):
         """What draw_films() draws for the next pass: on the spot, or ahead, by processes for that alone."""
         if self.films is None:
-            (rank, ranks), passes = process(), args.accumulate
-            mine, index = range(rank * passes, (rank + 1) * passes), list(STAGES).index(self.stage)
-            draws = Draws(self.model.cfg, self.draw, args.seed, index, self.plan, ranks * passes)
-            keys = [(step, part) for step in range(self.step, self.plan.steps) for part in mine]
+            draws = Draws(self.model.cfg, self.draw, args.seed, self.index, self.plan, self.parts)
+            keys = [(step, part) for step in range(self.step, self.plan.steps) for part in self.own]
             self.films = iter(DataLoader(                  # not in our group: Ctrl-C is not for them
                 draws, None, sampler=keys, num_workers=args.workers, worker_init_fn=lambda _: os.setpgrp(),
                 multiprocessing_context="fork" if args.workers else None))
@@ -702,12 +702,11 @@ def backward(state: State, losses: dict) -> dict[str, float]:
 def train_step(state: State, args) -> dict[str, float]:
     """One step of the state's stage; returns the figures to log, of this process's last part of the batch
     (and norms of that part's share). Raises TrainingError at a loss of NaN."""
-    index, plan, (rank, ranks) = list(STAGES).index(state.stage), state.plan, process()
-    parts, bf16 = ranks * args.accumulate, args.precision == "bf16"
-    for part in range(rank * args.accumulate, (rank + 1) * args.accumulate):
+    plan, bf16 = state.plan, args.precision == "bf16"
+    for part in state.own:
         x, controls = film_batch(state.model, state.next_films(args), plan.babble)
-        torch.manual_seed((args.seed * len(STAGES) + index) * 10 ** 7 + state.step)
-        with Share(part, parts), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        torch.manual_seed((args.seed * len(STAGES) + state.index) * 10 ** 7 + state.step)
+        with Share(part, state.parts), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             losses, logs = losses_of(state, x, controls, args)
         if anyone(not all(loss.isfinite() for loss in losses.values()), args.device):
             raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
