@@ -220,13 +220,8 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 
 
 def velocity(x_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """u = (x_hat - x_t) / (1 - t), as the losses weigh it: with the clamp."""
+    """u = (x_hat - x_t) / (1 - t), as flow matching weighs it: clamped (a sampler's steps are not)."""
     return (x_hat - x_t) / (1 - t).clamp(min=MIN_REST)
-
-
-def displacement(x_hat: Tensor, x_t: Tensor, t: Tensor, d: Tensor) -> Tensor:
-    """d u, as the sampler moves: without the clamp, so that a last step (d = 1 - t) lands on x_hat."""
-    return (x_hat - x_t) * (d / (1 - t))
 
 
 # ---- The transformer: two branches, one joint self-attention. ----------------------------------------------
@@ -304,8 +299,7 @@ def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64).round()
     time = 2 * math.pi / cfg.clock_ticks * (torch.arange(cfg.clock_ticks)[:, None] * turns % cfg.clock_ticks)
     rates = torch.logspace(0, -1, pairs // 2, dtype=torch.float64)
-    place = torch.stack(torch.meshgrid(torch.arange(cfg.grid), torch.arange(cfg.grid), indexing="ij"), -1)
-    place = (place.reshape(-1, 2, 1) * rates).flatten(1)
+    place = (torch.cartesian_prod(*2 * [torch.arange(cfg.grid)])[..., None] * rates).flatten(1)
     return tuple(torch.polar(torch.ones_like(x), x).cfloat().to(device) for x in (time, place))
 
 
@@ -341,7 +335,7 @@ class Side(nn.Module):
         self.heads, d = cfg.heads, cfg.width
         self.qkv = nn.Linear(d, 3 * d, bias=False)
         self.out = nn.Linear(d, d, bias=False)
-        self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
         self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
         self.offset = nn.Parameter(torch.zeros(6, 1, d))   # its own; of 3 axes, so train.py's Muon lets it be
 
@@ -375,7 +369,7 @@ class Branch(nn.Module):
         self.modulation = nn.Linear(d, 6 * d)                          # shared by the blocks
         self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
         self.head_modulation = nn.Linear(d, 2 * d)
-        self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(approximate="tanh"), nn.Linear(2 * d, values))
+        self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, values))
         self.gain = nn.Linear(d, values) if gain else None             # the sound's: see read_out()
         zero = (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1], self.gain)
         for weight in nn.ModuleList(filter(None, zero)).parameters():
@@ -429,14 +423,14 @@ class AudioVideoTransformer(nn.Module):
         return {n: (getattr(self, n).text(controls.symbols) + getattr(self, n).place, phases)
                 for n, phases in zip(BRANCHES, self.phases(steps)) if n in branches}
 
-    def parts(self, z: Tensor, changes: dict, script: dict) -> dict[str, Part]:
-        """Latent steps z (B, k S, E), k times the same stretch of film, with their modulation and script."""
+    def parts(self, z: Tensor, changes: dict, scripts: list[dict]) -> dict[str, Part]:
+        """Latent steps z (B, S, E), their modulation, and the scripts of their stretches of film in turn."""
         parts = {}
         for n, values in zip(BRANCHES, split(self.cfg, z.to(self.no_first))):
-            if n in script:                                            # contiguous: or matmul copies weights
-                branch, (text, phases), k = getattr(self, n), script[n], z.shape[1] // script[n][0].shape[1]
-                tokens = branch.embed(values.contiguous()) + text.repeat(1, k, 1, 1)
-                parts[n] = Part(branch, tokens, changes[n], phases.repeat(k, 1))
+            if n in scripts[0]:
+                branch, (text, phases) = getattr(self, n), zip(*(script[n] for script in scripts))
+                tokens = branch.embed(values.contiguous()) + torch.cat(text, 1)    # or matmul copies weights
+                parts[n] = Part(branch, tokens, changes[n], torch.cat(phases))
         return parts
 
     def first(self, controls: Controls) -> Part:
@@ -458,15 +452,14 @@ class AudioVideoTransformer(nn.Module):
         return tokens
 
     def read_out(self, parts: dict[str, Part], tokens: dict[str, Tensor], x_t: Tensor) -> Tensor:
-        """The last S steps of tokens -> x_hat (B, S, E), zeros for an absent branch. Sound has a gain of x_t
-        (our choice): a token loses the faint trace that tells, early in the noise, a sound from silence."""
-        out, s = dict(zip(BRANCHES, cut_branches(self.cfg, torch.zeros_like(x_t)))), x_t.shape[1]
+        """The last S steps of tokens -> x_hat (B, S, E); an absent branch's x_t. Sound has a gain of
+        x_t (our choice): a token loses the faint trace that tells, early in noise, a sound from silence."""
+        out, s = dict(zip(BRANCHES, split(self.cfg, x_t))), x_t.shape[1]
         for n, part in ((n, parts[n]) for n in BRANCHES if n in parts):
             x = normalise(tokens[n][:, -s:], *(change[:, -s:] for change in part.changes[-1]))
-            out[n] = part.branch.head(x).float().flatten(2)
-            if part.branch.gain:
-                out[n] = out[n] + (part.branch.gain(x).float() * split(self.cfg, x_t)[1]).flatten(2)
-        return torch.cat(list(out.values()), -1)
+            x_hat, gain = part.branch.head(x).float(), part.branch.gain
+            out[n] = x_hat + gain(x).float() * out[n] if gain else x_hat
+        return join(*out.values())
 
     def forward(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None = None,
                 chunk: int | None = None, branches=BRANCHES, window: int | None = None) -> Tensor:
@@ -477,22 +470,23 @@ class AudioVideoTransformer(nn.Module):
         cfg, (b, s), chunk = self.cfg, x_t.shape[:2], chunk or self.cfg.chunk
         assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
         t, d = t.expand(b, s, -1), d.expand(b, s, -1)
-        z = x_t if history is None else torch.cat([history, x_t], 1)   # [history at t = 1, d = 0 | noisy]
-        if history is not None:
-            t, d = torch.cat([torch.ones_like(t), t], 1), torch.cat([torch.zeros_like(d), d], 1)
-        script = self.script(controls, torch.arange(s, device=x_t.device), branches)
-        parts = self.parts(z, self.modulate(t, d, controls, branches), script)
+        z, scripts = x_t, [self.script(controls, torch.arange(s, device=x_t.device), branches)]
+        if history is not None:                                        # [history at t = 1, d = 0 | noisy]
+            z, t = torch.cat([history, z], 1), torch.cat([torch.ones_like(t), t], 1)
+            d, scripts = torch.cat([torch.zeros_like(d), d], 1), scripts * 2
+        parts = self.parts(z, self.modulate(t, d, controls, branches), scripts)
         if "video" in branches:
             parts["first"] = self.first(controls)
         band = Band((window or cfg.window) if history is not None else 0, s // chunk, parts, x_t.device)
         return self.read_out(parts, self.trunk(parts, band), x_t)
 
     @torch.no_grad()
-    def step(self, x_t: Tensor, changes: dict, script: dict, cache: "KVCache", keep: bool = False):
-        """Streaming form: the chunk after those in the cache, x_t (B, chunk, E) -> x_hat; changes of
-        modulate(), script of script(). keep: x_t is finished, t = 1, d = 0: the cache takes it -> None."""
-        tokens = self.trunk(parts := self.parts(x_t, changes, script), cache.attend)
-        return cache.commit() if keep else self.read_out(parts, tokens, x_t)
+    def step(self, z: Tensor, changes: dict, scripts: list[dict], cache: "KVCache", done: int = 0) -> Tensor:
+        """Streaming form: chunks that follow those in the cache, z (B, S, E), with what modulate() made, and
+        script() of each -> x_hat of the last. The cache takes the first `done`: finished, at t = 1, d = 0."""
+        tokens = self.trunk(parts := self.parts(z, changes, scripts), functools.partial(cache.attend, done))
+        cache.count += done
+        return self.read_out(parts, tokens, z[:, -self.cfg.chunk:])
 
     @torch.no_grad()
     def start(self, controls: Controls, window: int | None = None) -> "KVCache":
@@ -560,10 +554,10 @@ def timeless(k: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Tokens of a
-    layer: [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every
-    pass and reads them all; commit() copies the desk into the ring's oldest place and, after chunk 0, into
-    the sink. Keys are stored turned, as phases are periodic. Raises ValueError for a window not trained."""
+    """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Of a layer:
+    [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every pass; the
+    next one's first pass commits it, seen clean: to the ring's oldest place, chunk 0 to the sink too. Keys
+    are stored turned, as phases are periodic. Raises ValueError for a window that training never saw."""
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
         self.window, self.count = cfg.window if window is None else window, 0   # count: chunks committed
@@ -574,13 +568,23 @@ class KVCache:
         self.sink = slice(self.first.stop, self.first.stop + desk)     # and then the ring
         self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
 
-    def attend(self, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """The chunk at work sees itself and all that is committed and not evicted (shapes: see Band)."""
-        q, k, v = (torch.cat(x, 2) for x in zip(*qkv.values()))
-        self.k[layer, :, :, :self.desk], self.v[layer, :, :, :self.desk] = k, v
-        end = self.sink.stop + min(self.count, self.window) * self.desk if self.count else self.first.stop
-        seen = attention(q, self.k[layer, :, :, :end], self.v[layer, :, :, :end])
-        return dict(zip(qkv, seen.split([part[0].shape[2] for part in qkv.values()], 1)))
+    def attend(self, done: int, layer: int, qkv: dict) -> dict[str, Tensor]:
+        """A chunk sees itself and all that is committed and not evicted. The first `done` of several are
+        committed, each before the next one looks (shapes: see Band)."""
+        (keys, values), seen = self.kv[:, layer], []
+        chunks = sum(sizes := [part[0].shape[2] for part in qkv.values()]) // self.desk
+        rows = (torch.cat([x.unflatten(2, (chunks, -1)) for x in parts], 3) for parts in zip(*qkv.values()))
+        for count, (q, k, v) in enumerate(zip(*(x.unbind(2) for x in rows)), self.count):
+            keys[:, :, :self.desk], values[:, :, :self.desk] = k, v
+            end = self.sink.stop + min(count, self.window) * self.desk if count else self.first.stop
+            seen.append(attention(q, keys[:, :, :end], values[:, :, :end]))
+            if len(seen) <= done:
+                old = self.sink.stop + count % self.window * self.desk
+                keys[:, :, old:old + self.desk], values[:, :, old:old + self.desk] = k, v
+                if count == 0:
+                    keys[:, :, self.sink], values[:, :, self.sink] = timeless(k), v
+        seen = torch.stack(seen, 1).split([size // chunks for size in sizes], 2)       # (B, chunks, n, D)
+        return {name: x.flatten(1, 2) for name, x in zip(qkv, seen)}
 
     def attend_first(self, layer: int, qkv: dict) -> dict[str, Tensor]:
         """The first frame sees only itself, and stays."""
@@ -590,15 +594,6 @@ class KVCache:
         self.k[layer, :, :, self.first], self.v[layer, :, :, self.first] = k, v
         return {"first": attention(q, k, v)}
 
-    def commit(self) -> None:
-        """Keep the chunk on the desk. Call it after a pass over the finished chunk at t = 1, d = 0."""
-        start = self.sink.stop + self.count % self.window * self.desk
-        desk = self.kv[..., :self.desk, :]
-        self.kv[..., start:start + self.desk, :] = desk
-        if self.count == 0:
-            self.k[..., self.sink, :], self.v[..., self.sink, :] = timeless(desk[0]), desk[1]
-        self.count += 1
-
 
 # ---- The denoising loop and the streaming sampler. ---------------------------------------------------------
 
@@ -606,8 +601,8 @@ def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
     k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E) never fall; only the last may be 1."""
     states = [x]
-    for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):
-        states.append(x := x + displacement(predict(x, k), x, t, d))
+    for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):         # x + d u, without velocity()'s clamp:
+        states.append(x := x.lerp(predict(x, k), d / (1 - t)))         # a last step, d = 1 - t, ends on x_hat
     return states
 
 
@@ -615,30 +610,35 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
              guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
              clips: Tensor | None = None, given: int = 0, forced: bool = False):
     """Make a film through the cache; yields the states (see denoise) of each chunk. few: the net is told d,
-    not 0. Guidance other than 1 runs a second, uncontrolled cache. Training gives clips (B, S, E): the first
+    not 0. Guidance other than 1 doubles the batch, uncontrolled. Training gives clips (B, S, E): the first
     `given` chunks stand; each other begins from its own plus the mean error of the chunk before, noised to
     times[0]: errors add up, the content is the clips'. forced: they do not, and the cache keeps the clips."""
     cfg, b, device = model.cfg, len(controls.character), controls.first.device
-    times, copies, error = times.to(device), 1 if guidance == 1 else 2, 0
+    times, copies, error, pending = times.to(device), 1 if guidance == 1 else 2, 0, []
     controls = controls if guidance == 1 else Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
-    cache = model.start(controls, window)
-    sizes = torch.cat([times.diff(dim=0) * few, 0 * times[:1]])        # then, at t = 1, one pass to commit
-    *changes, clean = [model.modulate(*moment, controls) for moment in zip(times, sizes)]
+    cache, steps = model.start(controls, window), torch.arange(cfg.chunk, device=device)
+    sizes = times.diff(dim=0, append=times[-1:]) * few     # the last, of what is finished: d = 0 at t = 1
+    @functools.cache
+    def changes(k, done):                                  # of finished chunks, then of one at times[k]
+        moment = (x[[-1] * done + [k]].expand(-1, -1, cfg.chunk, -1).transpose(0, 1) for x in (times, sizes))
+        return model.modulate(*(x.flatten(1, 2) for x in moment), controls)
     for index in range(chunks):
-        steps = index * cfg.chunk + torch.arange(cfg.chunk, device=device)
-        script = model.script(controls.chunk(cfg, index), steps)
+        script = model.script(controls.chunk(cfg, index), index * cfg.chunk + steps)
         x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator,      # a CPU's: as on any device
                         device=generator.device if generator else device).to(device)
         if clips is not None:
             truth = clips.unflatten(1, (-1, cfg.chunk))[:, index]
             x = add_noise(truth + error, x, times[0])
-        def predict(x_t, k):
-            x_hat, *null = model.step(x_t.repeat(copies, 1, 1), changes[k], script, cache).chunk(copies)
+        def predict(x_t, k):                               # a chunk's first pass commits those before, too
+            z, scripts = zip(*pending, (x_t, script))
+            z, done = torch.cat(z, 1).repeat(copies, 1, 1), len(pending)
+            pending.clear()
+            x_hat, *null = model.step(z, changes(k, done), scripts, cache, done).chunk(copies)
             return torch.lerp(null[0], x_hat, guidance) if null else x_hat
         states = [truth] * len(times) if index < given else denoise(predict, x, times)
         yield states
         error = 0 if clips is None or forced else (states[-1] - truth).mean(1, keepdim=True)
-        model.step((truth if forced else states[-1]).repeat(copies, 1, 1), clean, script, cache, keep=True)
+        pending.append((truth if forced else states[-1], script))
 
 
 def spell(text: str, frames: int = 3) -> list[int]:
@@ -755,7 +755,7 @@ def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teac
     with torch.no_grad():
         middle = denoise(predict, z := add_noise(x, noise, times[0]), times[:2])[-1]
         begin, since = z.lerp(middle, halves), times[0].lerp(times[1], halves)       # midpoint: from z
-        end = begin + displacement(predict(middle, 1), middle, times[1], times[2] - since)
+        end = begin + (predict(middle, 1) - middle) * ((times[2] - since) / (1 - times[1]))
         x_t, d = add_noise(x, noise, t), times[2] - t
         target = x_t + (end - x_t) * (1 - t) / d                      # the x_hat whose step d lands on end
     return mean_error("shortcut", cfg, (model(x_t, t, d, controls, history) - target).square())

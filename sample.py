@@ -437,11 +437,12 @@ class Graphed:
         self.laid[name] = place, tree
         return place
 
-    def replay(self, key, function, once: bool = False):
-        """What the function returns, always in the same memory. once: it may not run to warm up."""
+    def replay(self, key, function):
+        """What the function returns, always in the same memory."""
         if key not in self.graphs:
-            if not once:
-                function()
+            kept = self.cache.kv.clone()
+            function()                                     # to warm up; what it commits, it may commit once
+            self.cache.kv.copy_(kept)
             self.graphs[key], self.pool = cuda_graph(function, self.pool)
         return self.graphs[key]()
 
@@ -457,22 +458,20 @@ class Graphed:
     def script(self, controls, steps):
         """As the model's."""
         inputs = self.lay("controls", controls), self.lay("steps", steps)
-        script = self.replay("script", lambda: self.model.script(*inputs))
-        self.laid["script"] = script, script
-        return script
+        return tree_map(torch.clone, self.replay("script", lambda: self.model.script(*inputs)))
 
-    def step(self, x_t, changes, script, cache, keep: bool = False):
+    def step(self, z, changes, scripts, cache, done: int = 0):
         """As the model's. A graph serves one moment of the grid and one place in the cache's ring."""
         k, count = self.moments.setdefault(id(changes), len(self.moments)), cache.count
-        inputs = [self.lay(*pair) for pair in (("x_t", x_t), (k, changes), ("script", script))]
+        inputs = [self.lay(*pair) for pair in ((("z", done), z), (k, changes))]
+        inputs.append([self.lay(("script", i), script) for i, script in enumerate(scripts)])
 
         def run():
             cache.count = count
-            x_hat = self.model.step(*inputs, cache, keep)
-            return x_hat if keep else self.lay("x_hat", x_hat)         # one place for all
+            return self.lay("x_hat", self.model.step(*inputs, cache, done))        # one place for all
 
-        x_hat = self.replay((k, keep, min(count, cache.window), count % cache.window), run, once=keep)
-        cache.count = count + keep
+        x_hat = self.replay((k, min(count, cache.window), count % cache.window), run)
+        cache.count = count + done
         return x_hat
 
 
@@ -511,7 +510,7 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
                 products.shapes.clear()
     makers = [Graphed(model) if graphs and cache else model for _ in range(2)]
     for maker in makers if graphs and cache else ():       # the first film records
-        deque(films_of(maker, 2 * cfg.window, **settings), maxlen=0)
+        deque(films_of(maker, 2 * cfg.window + 1, **settings), maxlen=0)
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
         video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
         chunks, times, last, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None, None
@@ -628,7 +627,7 @@ def make_film(args) -> tuple[dict, int]:
     settings = film_settings(args, cfg)
     train.in_precision(model.to(args.device), args.precision)
     if args.graphs:                                        # a film long enough to record them all
-        model, short = Graphed(model), 2 * cfg.window * cfg.chunk_seconds
+        model, short = Graphed(model), (2 * cfg.window + 1) * cfg.chunk_seconds
         deque(stream(model, **settings | {"seconds": short}), maxlen=0)
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())

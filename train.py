@@ -534,7 +534,7 @@ class Plan(NamedTuple):
         return max(1, round(self.batch * self.seconds[0] / seconds))
 
 
-STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(7500),
+STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(6500),
           "mutual": Plan(200, lr=2e-4, seconds=[3.0], batch=12, ema=0.99, picture=0.15)}   # a history fits
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
