@@ -888,7 +888,7 @@ def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
     """(model in fp32, ready for sampling; extra). Raises CheckpointError, with one line that says why."""
     content = load_file(path)
     try:
-        cfg, weights, extra = Config(**content["config"]), content["weights"], dict(content["extra"])
+        cfg, weights, extra = Config(**content["config"]), content["weights"], {**content["extra"]}
         values = sum(math.inf if x.is_complex() else x.numel() for x in weights.values())
         if values > Path(path).stat().st_size or not all(x.isfinite().all() for x in weights.values()):
             raise ValueError                                           # a small file may not cost much memory

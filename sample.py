@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -59,10 +59,10 @@ class Ruler:
             for letter in range(SILENCE):
                 energy = self.energies(train.voice(rng, who, np.full(16, letter), cfg))[4:-4].mean(0)
                 voiced = train.LETTER_TABLE[ALPHABET[letter]][4] > 0
-                rows.append((letter, train.pitch_of(who) * voiced, energy))
-        self.letters, self.pitches = (np.array([row[i] for row in rows]) for i in (0, 1))
-        self.templates = self.shape(np.stack([row[2] for row in rows]))
-        self.quiet = 0.3 * min(row[2].sum() for row in rows)           # less energy than this is silence
+                rows.append((train.pitch_of(who) * voiced, energy))
+        self.pitches, energy = map(np.stack, zip(*rows))
+        self.templates = self.shape(energy)
+        self.quiet = 0.3 * min(row.sum() for row in energy)            # less energy than this is silence
 
     def energies(self, samples: np.ndarray) -> np.ndarray:
         """Samples (..., n hop) -> energy by 128 Hz around the borders of hops (..., n - 1, bands)."""
@@ -151,9 +151,9 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.where(size > 1e-9, (a * b).sum(1) / np.maximum(size, 1e-9), 0).mean())
 
 
-def lag_ms(seen: np.ndarray, heard: np.ndarray, fps: int, reach: int = 5) -> float:
+def lag_ms(seen: np.ndarray, heard: np.ndarray, fps: int) -> float:
     """By how many ms the sound comes after the picture, where curves (n, F) agree most (by a parabola)."""
-    f = seen.shape[1]
+    f, reach = seen.shape[1], 5
     score = [correlation(seen[:, max(0, -lag):f - max(0, lag)], heard[:, max(0, lag):f - max(0, -lag)])
              for lag in range(-reach, reach + 1)]
     i = min(max(int(np.argmax(score)), 1), 2 * reach - 1)
@@ -199,8 +199,8 @@ def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
     implied, colours = openings(heard.letter), ruler.colours(films.frames)
     spoken = None if films.symbols is None else openings(films.symbols)
     voices = np.array([np.bincount(p[p > 0][:fps], minlength=9).argmax() for p in heard.pitch])
-    features = [(read(getattr(films, part)), read(getattr(reference, part))) for read, part in
-                ((ruler.video_features, "frames"), (ruler.audio_features, "samples"))]
+    features = {"frechet_video": [ruler.video_features(x.frames) for x in (films, reference)],
+                "frechet_audio": [ruler.audio_features(x.samples) for x in (films, reference)]}
     figures = {}
 
     def put(name, value):
@@ -223,7 +223,7 @@ def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
         put("letter_margin", heard.margin[:, window][loud].mean() if loud.any() else None)
         share = np.bincount(heard.letter[:, window][loud], minlength=27) / max(1, loud.sum())
         put("letter_spread", np.exp(-(share[share > 0] * np.log(share[share > 0])).sum()))
-        for name, (own, other) in zip(("frechet_video", "frechet_audio"), features):
+        for name, (own, other) in features.items():
             segments = slice(2 * max(begin, 1), 2 * end)
             put(name, frechet(own[:, segments], other[:, segments], other.std((0, 1)) + 1e-6))
     return figures
@@ -243,9 +243,9 @@ def to_films(films: list[train.Film], cfg: Config) -> Films:
 
 @torch.inference_mode()
 def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: float, babble: bool,
-           window: int | None = None, seed: int = 0, batch: int = 16) -> Films:
+           window: int | None = None, seed: int = 0) -> Films:
     """Let a model make the films anew from their controls; every second one is given the first frame too."""
-    cfg, made = model.cfg, []
+    cfg, made, batch = model.cfg, [], 16
     _, controls = train.encode_films(cfg, train.stack(films))
     symbols = torch.full_like(controls.symbols, cfg.symbols) if babble else controls.symbols
     controls = controls._replace(symbols=symbols, has_first=torch.arange(len(films)) % 2 == 0)
@@ -264,7 +264,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
             tokens.append(audio.cpu())
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
-    return Films(*map(np.concatenate, zip(*made)), None if babble else to_films(films, cfg).symbols)
+    return Films(*map(np.concatenate, zip(*made)), to_films(films, cfg).symbols)
 
 
 def evaluate(args) -> dict:
@@ -273,7 +273,7 @@ def evaluate(args) -> dict:
                                              args.precision or "fp32")) for path in args.evaluate]
     cfg = models[0][1].cfg
     if any(model.cfg.image != cfg.image for _, model in models):
-        raise UserError("--evaluate: checkpoints of one picture size at a time")
+        raise ValueError("--evaluate: checkpoints of one picture size at a time")
     ruler, draw = Ruler(cfg), train.talk
     if args.data:
         least, cache = train.frames_of(cfg, args.seconds), args.evaluate[0].parent / ".clips"
@@ -338,17 +338,14 @@ class FilmWriter:
             parts = np.array_split(samples, -(-len(frames) // STILL))
             self.stills += zip(frames[::STILL], parts)
         elif self.kind == ".mp4":
-            for frame in np.ascontiguousarray(frames):
-                self.video.send(frame)
+            self.video.send(np.ascontiguousarray(frames))
         elif self.kind == ".gif":
             self.stills += list(frames)
 
     def finish(self, transcript: str = "") -> None:
         """Close everything and put the result in its place, at once. Raises OSError if that fails."""
-        if self.sound:
-            self.sound.close()
-        if self.video:
-            self.video.close()
+        for part in filter(None, (self.sound, self.video)):
+            part.close()
         result = self.path / ("sound.wav" if self.kind == ".wav" else f"film{self.kind}")
         if self.kind == ".mp4":
             mux = subprocess.run([
@@ -359,8 +356,7 @@ class FilmWriter:
                 why = " ".join(line for line in mux.stderr.splitlines() if "[error]" in line)
                 raise OSError(f"ffmpeg could not write the whole film {why[-200:]}")
         if self.kind == ".png":
-            strip = filmstrip(self.stills, self.cfg, transcript)
-            result.write_bytes(iio.imwrite("<bytes>", strip, extension=".png"))
+            train.write_picture(result, filmstrip(self.stills, self.cfg, transcript))
         if self.kind == ".gif":
             frames = np.stack(self.stills).repeat(ENLARGE, 1).repeat(ENLARGE, 2)
             result.write_bytes(iio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow",
@@ -369,18 +365,15 @@ class FilmWriter:
 
     def close(self) -> None:
         """Stop writing and leave nothing behind."""
-        for part in (self.sound, self.video):
-            try:
-                if part:
-                    part.close()
-            except (OSError, soundfile.SoundFileError):
-                pass                                       # it was in trouble already, and that has been said
+        for part in filter(None, (self.sound, self.video)):
+            with suppress(OSError, soundfile.SoundFileError):          # in trouble, and that has been said
+                part.close()
         self.folder.cleanup()
 
 
-def filmstrip(stills: list, cfg: Config, transcript: str = "", columns: int = 12) -> np.ndarray:
+def filmstrip(stills: list, cfg: Config, transcript: str) -> np.ndarray:
     """Every fourth frame, below it the waveform and the letters said: uint8 (h, w, 3), 12 in a row."""
-    rows, columns = [], min(columns, len(stills))
+    rows, columns = [], min(12, len(stills))
     for start in range(0, len(stills), columns):
         row = np.full((cfg.image + 40, columns * cfg.image, 3), 255, np.uint8)
         for i, (frame, samples) in enumerate(stills[start:start + columns]):
@@ -389,23 +382,18 @@ def filmstrip(stills: list, cfg: Config, transcript: str = "", columns: int = 12
             for x, part in enumerate(np.array_split(samples, cfg.image)):
                 high = int(np.clip(np.abs(part).max(initial=0) * 40, 0, 11))
                 row[cfg.image + 12 - high:cfg.image + 13 + high, left + x] = (40, 90, 160)
-            said = transcript[(start + i) * STILL:(start + i + 1) * STILL]
-            for j, letter in enumerate(said):
-                glyph = np.kron(glyph_of(letter), np.ones((2, 2), np.uint8))[..., None]
-                x = left + 2 + j * cfg.image // STILL
+            for j, letter in enumerate(transcript[(start + i) * STILL:(start + i + 1) * STILL]):
+                bits = [[*map(int, f"{int(digit):03b}")] for digit in GLYPHS.get(letter, "00000")]     # 5 x 3
+                glyph = np.kron(np.uint8(bits), np.ones((2, 2), np.uint8))[..., None]
+                x = min(left + 2 + j * cfg.image // STILL, row.shape[1] - 6)
                 row[cfg.image + 27:cfg.image + 37, x:x + 6] *= 1 - glyph
         rows.append(row)
-    return np.concatenate(rows).repeat(2, 0).repeat(2, 1)
+    return np.concatenate(rows)
 
 
 GLYPHS = dict(zip(ALPHABET, (                              # five rows of three pixels each, as octal digits
     "25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447 57755 65555 25552 65644 25561 "
     "65655 34216 72222 55557 55552 55775 55255 55222 71247").split()))
-
-
-def glyph_of(letter: str) -> np.ndarray:
-    """A letter as pixels, uint8 (5, 3) of 0 and 1; anything else is blank."""
-    return np.array([[*map(int, f"{int(digit):03b}")] for digit in GLYPHS.get(letter, "00000")], np.uint8)
 
 
 # ---- Speed. On a GPU a small network waits for its launches: --graphs replays whole passes instead. --------
@@ -498,7 +486,7 @@ def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
 
 
 @torch.inference_mode()
-def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, seconds=10, cache=True,
+def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10, cache=True,
                graphs=False) -> dict:
     """Stream films, decode all and write the first (then thrown away); returns a row of the benchmark.
     As many chunks after its end, or 100, take turns with a new film's: the machine's moods touch both."""
@@ -530,7 +518,7 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
     whole, (model_ms, codec_ms, _) = turns[0] - times[0], 1000 * np.diff(times).reshape(-1, 3).T
     last, fresh = 1000 * np.median(np.diff(turns).reshape(-1, 2), 0)
     frames, middle, memory = batch * chunks * cfg.chunk_frames, np.median(model_ms), train.peak_memory(device)
-    return {"size": size, **settings, "seconds": seconds, "first_chunk_ms": 1000 * (times[2] - times[0]),
+    return {"size": cfg.image, **settings, "seconds": seconds, "first_chunk_ms": 1000 * (times[2] - times[0]),
             "chunk_ms_median": middle, "chunk_ms_p95": np.quantile(model_ms, 0.95), "chunk_ms_last": last,
             "chunk_ms_new": fresh, "fps_model": 1000 * frames / model_ms.sum(),
             "fps_codec": 1000 * frames / codec_ms.sum(), "fps_end_to_end": frames / whole,
@@ -540,16 +528,12 @@ def time_films(model, *, size=64, batch=1, mode="few", steps=4, guidance=1.0, se
 
 # ---- The command line. -------------------------------------------------------------------------------------
 
-class UserError(Exception):
-    """Something the user can put right; shown as one line."""
-
-
 def read_first_frame(path: Path, cfg: Config) -> np.ndarray:
     """A picture file -> uint8 (image, image, 3), cropped to a square and resized, which is said."""
     try:
         picture = iio.imread(path, plugin="pillow", index=0, mode="RGB")
     except Exception as error:  # whatever the image readers raise on a damaged file
-        raise UserError(f"{path}: not a readable picture ({type(error).__name__})") from None
+        raise ValueError(f"{path}: not a readable picture ({type(error).__name__})") from None
     h, w = picture.shape[:2]
     if (h, w) == (cfg.image, cfg.image):
         return picture
@@ -562,21 +546,21 @@ def read_first_frame(path: Path, cfg: Config) -> np.ndarray:
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError unless a film can be written there."""
+    """Raise ValueError unless a film can be written there."""
     if out.suffix.lower() not in ENDINGS:
-        raise UserError(f"{out}: the ending must be one of {', '.join(ENDINGS)}")
+        raise ValueError(f"{out}: the ending must be one of {', '.join(ENDINGS)}")
     if not out.parent.is_dir():
-        raise UserError(f"{out.parent}: no such folder")
+        raise ValueError(f"{out.parent}: no such folder")
     if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out}: cannot be written")
+        raise ValueError(f"{out}: cannot be written")
 
 
 def film_settings(args, cfg: Config) -> dict:
-    """The command line as arguments of stream(). Raises UserError."""
+    """The command line as arguments of stream(). Raises ValueError."""
     symbols = None
     if args.say is not None:
         if not any(c in ALPHABET[:SILENCE] for c in args.say.lower()):
-            raise UserError("--say: nothing in it can be spoken; letters a to z can")
+            raise ValueError("--say: nothing in it can be spoken; letters a to z can")
         if odd := sorted({c for c in args.say.lower() if c not in ALPHABET}):
             print(f"--say: {''.join(odd)!r} become pauses", file=sys.stderr)
         symbols = [SILENCE] * 2 + spell(args.say)
@@ -585,11 +569,11 @@ def film_settings(args, cfg: Config) -> dict:
     if symbols is not None and seconds < needed - 0.5:
         print(f"--seconds: the text takes {needed:.1f}, so its end will not be heard", file=sys.stderr)
     if not 1 / cfg.fps <= seconds <= 24 * 3600:
-        raise UserError(f"--seconds must be between 1/{cfg.fps} and 86400")
+        raise ValueError(f"--seconds must be between 1/{cfg.fps} and 86400")
     if args.character is not None and args.character not in cfg.characters:
-        raise UserError(f"--character: no {args.character!r}; there are {', '.join(cfg.characters)}")
+        raise ValueError(f"--character: no {args.character!r}; there are {', '.join(cfg.characters)}")
     if args.window is not None and not 1 <= args.window <= cfg.window:
-        raise UserError(f"--window must be between 1 and {cfg.window}, the longest that training saw")
+        raise ValueError(f"--window must be between 1 and {cfg.window}, the longest that training saw")
     if args.mode == "few" and args.steps not in (4, 8):
         print(f"--steps {args.steps}: few-step mode was trained for 4 and 8", file=sys.stderr)
     first = None if args.first_frame is None else read_first_frame(args.first_frame, cfg)
@@ -615,7 +599,7 @@ def benchmark_row(args, change: dict) -> dict:
     if torch.device(args.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
     model = train.in_precision(model.to(args.device), args.precision)
-    return time_films(model, graphs=args.graphs, **change)
+    return time_films(model, graphs=args.graphs, **{k: v for k, v in change.items() if k != "size"})
 
 
 def make_film(args) -> tuple[dict, int]:
@@ -674,7 +658,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("sample.mp4"), help=".mp4 (default sample.mp4), .gif, .wav or .png")
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
-    add("--precision", choices=("fp32", "bf16"), help="default: what is faster here; to score, fp32")
+    add("--precision", choices=train.PRECISIONS, help="default: what is faster here; to score, fp32")
     add("--graphs", action="store_true", help="on a GPU: record the network's passes, and replay them")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--talkers", type=int, default=32, help="films to score; default %(default)s")
@@ -683,34 +667,32 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args) -> int:
-    """Do what the command line asks for; returns the exit code. Raises UserError and the like."""
+    """Do what the command line asks for; returns the exit code. Raises ValueError and the like."""
     train.check_device(args.device)
     if torch.device(args.device).type == "cuda":
         torch.cuda.set_device(args.device)                 # where graphs are recorded
     if args.graphs and (args.evaluate or torch.device(args.device).type != "cuda"):
-        raise UserError("--graphs: needs --device cuda, and is not for --evaluate")
+        raise ValueError("--graphs: needs --device cuda, and is not for --evaluate")
     if args.data and not args.evaluate:
-        raise UserError("--data: is for --evaluate")
+        raise ValueError("--data: is for --evaluate")
     if args.benchmark:
         result = benchmark(args)
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")
         return 0
     if args.evaluate:
-        args.seconds = args.seconds or 25.0
+        args.seconds = 25.0 if args.seconds is None else args.seconds
         if args.talkers < 2 or not WINDOWS[0][1] <= args.seconds <= 86400:
-            raise UserError(f"--evaluate needs at least 2 talkers, and {WINDOWS[0][1]} seconds to a day")
+            raise ValueError(f"--evaluate needs at least 2 talkers, and {WINDOWS[0][1]} seconds to a day")
         result = evaluate(args)
         print(json.dumps(result) if args.json else train.markdown(result["rows"]))
         return 0
     args.mode = args.mode or "few"
     args.steps = args.steps if args.steps is not None else 4 if args.mode == "few" else 50
     figures, code = make_film(args)
-    if args.json:
-        print(json.dumps(figures))
-    else:
-        print("{out}: {seconds:.2f} s made, {fps} frames/s, {real_time_factor} times real time, first chunk "
-              "after {first_chunk_ms} ms.\nThese include the network, decoding and writing the file, not the "
-              "{load_s} s of loading; peak memory {peak_memory_mb} MB.".format(**figures))
+    print(json.dumps(figures) if args.json else (
+        "{out}: {seconds:.2f} s made, {fps} frames/s, {real_time_factor} times real time, first chunk after "
+        "{first_chunk_ms} ms.\nThese include the network, decoding and writing the file, not the {load_s} s "
+        "of loading; peak memory {peak_memory_mb} MB.").format(**figures))
     return code
 
 
@@ -726,10 +708,14 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (UserError, CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:
         message = error
     except (OSError, soundfile.SoundFileError) as error:
         message = f"{getattr(error, 'filename', 0) or args.out}: {getattr(error, 'strerror', 0) or error}"
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        message = (str(error) or "out of memory").splitlines()[0]
     print(f"sample.py: {' '.join(str(message).split())}", file=sys.stderr)
     return 2
 

@@ -119,15 +119,11 @@ def test_audio_codec_inverts_and_streams():
     assert torch.allclose(torch.cat([*pieces, tail], 1), codec.decode(tokens), atol=1e-6)
 
 
-def test_split_is_inverted_by_join():
-    z = torch.arange(3 * 4 * TINY.step_values).reshape(3, 4, -1)
-    assert torch.equal(mf.join(*mf.split(TINY, z)), z)
-
-
-def test_companded_sound_has_unit_variance():
+def test_companded_sound_has_unit_variance_and_join_inverts_split():
     cfg = Config()
     x, _ = talkers(cfg, 16, 24)
-    assert 0.8 < float(mf.split(cfg, x)[1].std()) < 1.2
+    video, audio = mf.split(cfg, x)
+    assert 0.8 < float(audio.std()) < 1.2 and torch.equal(mf.join(video, audio), x)
 
 
 # Schedules and the denoising loop
@@ -158,13 +154,10 @@ def test_analytic_velocity_returns_the_data(steps):
     data, noise = torch.randn(2, 2, 4, TINY.step_values)
     states = mf.denoise(lambda x, k: data, noise, mf.time_grid(TINY, steps))
     assert (states[-1] - data).abs().max() < 1e-5 and len(states) == steps + 1
-    for x_t, t in zip(states, mf.time_grid(TINY, steps)):  # a straight way
+    for x_t, t in zip(states, mf.time_grid(TINY, steps)):  # a straight way, its speed clamped near the data
         assert (x_t - mf.add_noise(data, noise, t)).abs().max() < 1e-5
-
-
-def test_velocity_leads_from_noise_to_data():
-    x, noise, t = torch.randn(2, 3, 5), torch.randn(2, 3, 5), torch.full((2, 3, 1), 0.3)
-    assert torch.allclose(mf.velocity(x, mf.add_noise(x, noise, t), t), x - noise, atol=1e-5)
+        speed = ((1 - t) / 0.2).clamp(max=1)
+        assert (mf.velocity(data, x_t, t) - speed * (data - noise)).abs().max() < 1e-4
 
 
 # The model: who sees whom
@@ -178,12 +171,10 @@ def test_equal_instants_have_equal_phase_in_both_modalities():
     assert torch.equal(audio[:, :, 0], audio[:, :, 1])                 # both bands of a hop sound at once
 
 
-def test_weights_in_bf16_leave_the_positions_alone_and_hardly_change_the_output():
-    model, x, t, d, controls, history = some_case()
-    exact, phases = model(x, t, d, controls, history), model.phases(torch.arange(3))
-    rough = train.in_precision(model, "bf16").to(torch.bfloat16)(x, t, d, controls, history)
+def test_weights_in_bf16_hardly_change_the_output():
+    model, *given = some_case()
+    exact, rough = model(*given), train.in_precision(model, "bf16")(*given)
     assert rough.dtype == torch.float32 and 0 < (rough - exact).std() < 0.03 * exact.std()
-    assert all(torch.equal(a, b) for a, b in zip(phases, model.phases(torch.arange(3))))
 
 
 def test_positions_stay_bounded_and_the_same_after_10000_chunks():
@@ -259,13 +250,12 @@ def test_each_control_matters_and_can_be_dropped(control):
 
 def test_a_chunk_reads_the_transcript_up_to_four_frames_past_its_end():
     model, x, t, d, controls, history = some_case()
-    before = model(x, t, d, controls, history)
-    symbols = controls.symbols.clone()
-    at = 3 * TINY.chunk_frames + 2 * TINY.margin           # the first symbol that chunk 2 must not see
-    symbols[:, at] = (symbols[:, at] + 1) % 27
-    after = model(x, t, d, controls._replace(symbols=symbols), history)
-    assert torch.equal(before[:, :3 * TINY.chunk], after[:, :3 * TINY.chunk])
-    assert (before - after)[:, 3 * TINY.chunk:4 * TINY.chunk].abs().max() > 1e-6
+    before, past = model(x, t, d, controls, history), 3 * TINY.chunk_frames + 2 * TINY.margin
+    for at, chunk in ((past - 1, 2), (past, 3)):           # the last symbol that chunk 2 sees, and the next
+        symbols = controls.symbols.clone()
+        symbols[:, at] = (symbols[:, at] + 1) % 27
+        change = (model(x, t, d, controls._replace(symbols=symbols), history) - before).abs().amax((0, 2))
+        assert int(change.nonzero()[0]) // TINY.chunk == chunk         # the first that changes
 
 
 def test_bidirectional_chunk_sees_the_whole_clip():
@@ -343,6 +333,13 @@ def test_stream_is_exact_in_length_and_equals_one_shot():
     assert np.abs(whole - samples).max() <= 1e-5 * np.abs(whole).max()
 
 
+def test_guidance_leads_away_from_the_uncontrolled():
+    model, x, t, d, controls, history = some_case()
+    own, null = (model(x, t, d, c, history) for c in (controls, controls.dropped(TINY)))
+    led = mf.guided(model, x, t, d, controls, history, 3.0)
+    assert torch.allclose(led, null + 3 * (own - null), atol=1e-4)
+
+
 def test_guidance_of_one_is_none_and_more_changes_the_film():
     model = lively()
     films = []
@@ -355,7 +352,8 @@ def test_guidance_of_one_is_none_and_more_changes_the_film():
 def test_stream_refuses_what_it_cannot_do():
     model = lively()
     for wrong in ({"seconds": 0}, {"steps": 0}, {"window": 3}, {"window": 0}, {"mode": "both"},
-                  {"character": "nobody"}, {"first_frame": np.zeros((8, 8, 3))}, {"transcript": [99]}):
+                  {"character": "nobody"}, {"transcript": [99]}, {"first_frame": np.zeros((16, 16, 3))},
+                  {"first_frame": np.zeros((8, 8, 3), np.uint8)}):
         with pytest.raises(ValueError):
             next(mf.stream(model, **({"seconds": 1} | wrong)))
 
@@ -403,8 +401,7 @@ def test_each_objective_reaches_the_weights_of_both_branches(term, history, bf16
     net = fake if term == "fake" else model
     for branch in (net.video, net.audio):
         assert branch.sides[0].qkv.weight.grad.abs().max() > 0 and branch.head[-1].weight.grad.abs().max() > 0
-        if term in ("shortcut", "dmd"):
-            assert branch.step.size[-1].weight.grad.abs().max() > 0
+        assert (branch.step.size[-1].weight.grad.abs().max() > 0) == (term in ("shortcut", "dmd"))
     states, _ = mf.rollout(model, x, controls, mf.time_grid(TINY, 2), history)
     assert not any(state.requires_grad for state in states)
     for other in (teacher, model if term == "fake" else fake):         # none through history, targets, scores
@@ -533,8 +530,28 @@ def test_dmd_gradient_has_the_right_sign_size_and_a_zero():
     assert (dmd_gradient(2.0, 0.0) < -1e-3).all()          # descent moves the films up, toward the real mean
     assert (dmd_gradient(-2.0, 0.0) > 1e-3).all()
     assert (dmd_gradient(1.0, 1.0) == 0).all()
+    assert torch.allclose(dmd_gradient(1e3, 0.0), torch.tensor(-1.0), atol=0.05)       # about 1, however far
     first, last = (dmd_gradient(2.0, 0.0, mf.time_grid(TINY, 4)[k:k + 2]) for k in (0, 3))
     assert torch.allclose((first / last) ** 2, torch.tensor([mf.time_grid(TINY, 4)[1, 0, 0, 0], 1]))
+
+
+def test_objectives_weigh_what_is_asked():
+    model, fake, (x, _, controls) = lively(), lively(), some_clip(b=3)
+
+    def losses(**weights):
+        torch.manual_seed(0)
+        return mf.mutual_forcing_loss(model, x, controls, teacher=model, real=model, fake=fake, **weights)[0]
+
+    usual, other = losses(), losses(flow=0.6, shortcut=1 / 3)
+    ratios = [(other[name] / usual[name]).item() for name in ("flow", "shortcut", "dmd", "fake")]
+    assert np.allclose(ratios, [2, 0.5, 1, 1])
+
+
+def test_controls_are_dropped_as_often_as_planned():
+    film, chance = train.talk(TINY, np.random.default_rng(0), TINY.chunk_frames), torch.rand(3, 99)
+    _, kept = train.film_batch(lively(), (train.stack([film._replace(character=3)] * 99), chance), 0.6)
+    there = torch.stack([kept.symbols[:, 0] != TINY.symbols, kept.character == 3, kept.has_first])
+    assert torch.equal(there, chance >= torch.tensor([[0.6], [0.3], [0.5]]))
 
 
 def test_a_stage_has_its_own_plan_but_for_what_is_said():
@@ -655,7 +672,7 @@ def same_state(one, two):
                for k in one[net])
 
 
-def test_coupling_loads_both_branches(tmp_path):
+def test_the_audio_stage_goes_on_from_the_video_stage_and_both_are_loaded(tmp_path):
     assert run_training(tmp_path, "--stage", "video", "--steps", 2) == 0
     assert run_training(tmp_path, "--stage", "audio", "--steps", 2, "--init", tmp_path / "video.pt") == 0
     video, both = (mf.load_file(tmp_path / name)["weights"] for name in ("video.pt", "audio.pt"))
@@ -689,7 +706,7 @@ def test_stage_2_sees_windows_of_every_length(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "flow_matching_loss", lambda *args, window, **kw:
                         (seen.add(window), flow(*args, window=window, **kw))[1])
     assert run_training(tmp_path, "--stage", "joint", "--steps", 8) == 0
-    assert seen == {1, mf.Config().window}
+    assert seen == {1, mf.Config().window} and (tmp_path / "joint.png").stat().st_size > 300
 
 
 def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, capsys):
@@ -706,10 +723,11 @@ def test_training_stops_at_a_loss_that_is_not_finite(tmp_path, monkeypatch, caps
     mf.load_checkpoint(tmp_path / "joint.pt")              # refuses what is not finite
 
 
-def test_training_refuses_bad_input(tmp_path, capsys):
+def test_training_refuses_bad_input_and_the_seeds_of_the_evaluation(tmp_path, capsys):
+    held_out, = sample.held_out(Config(), 1, 0.5, draw=lambda _, chance, __: chance.bit_generator.seed_seq)
     for wrong in (["--init", "missing.pt"], ["--resume"], ["--seconds", "0.1"], ["--config", "depth=3"],
                   ["--config", "width=30"], ["--steps", "0"], ["--seed", "-1"], ["--tables", "README.md"],
-                  ["--config", "bands=3"], ["--reproduce"],
+                  ["--config", "bands=3"], ["--reproduce"], ["--seed", held_out.entropy[0]],
                   ["--stage", "mutual", "--flow", "0", "--shortcut", "0", "--dmd", "0"],
                   ["--stage", "mutual", "--batch", "4", "--accumulate", "2"]):        # no equal parts
         assert run_training(tmp_path, *wrong) == 2 and len(complaints(capsys)) == 1
@@ -921,17 +939,13 @@ def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-class Evil:
-    def __reduce__(self):
-        return (Path.touch, (Path("owned"),))
-
-
 def test_bad_checkpoints_end_in_one_clear_line(small_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     content = mf.load_file(small_checkpoint)
     for name, data in {"empty": b"", "foreign": b"hello" * 100}.items():
         (tmp_path / name).write_bytes(data)
-    mf.save_file(tmp_path / "evil", {"format": mf.FORMAT, "config": Evil()})
+    evil = type("Evil", (), {"__reduce__": lambda _: (Path.touch, (Path("owned"),))})()
+    mf.save_file(tmp_path / "evil", {"format": mf.FORMAT, "config": evil})
     mf.save_file(tmp_path / "version", {**content, "format": "other"})
     mf.save_file(tmp_path / "field", {**content, "config": {**content["config"], "depth": 64}})
     for name in ("empty", "foreign", "evil", "version", "field", "missing"):
@@ -1100,14 +1114,14 @@ def test_the_end_is_quiet(small_checkpoint, tmp_path):
     assert run.stderr.read() == "" and run.wait() == -signal.SIGINT
 
 
-def test_soak():
+def test_soak(monkeypatch):
     """A long film of the shipped checkpoint keeps the face it is given, speaks, and ends (after half an hour
     if WHOLE) as well as it begins, in as much memory."""
-    shipped = HERE / "assets" / "talker.pt"
-    assert shipped.stat().st_size <= 16 * 10 ** 6
-    model, _ = mf.load_checkpoint(shipped)
+    assert sample.SHIPPED.stat().st_size <= 16 * 10 ** 6
+    model, _ = mf.load_checkpoint(sample.SHIPPED)
     cfg, ruler = model.cfg, sample.Ruler(model.cfg)
     seconds, part = (1800, 60) if WHOLE else (30, 10)
+    monkeypatch.setattr(sample, "windows_of", lambda seconds: [(0, part)])     # one window: all of it
     said = train.draw_symbols(np.random.default_rng(sample.HELD_OUT), seconds * cfg.fps)
     other = sample.to_films(sample.held_out(cfg, 8, part, 1), cfg)
     first, last, memory = [], deque(maxlen=int(part / cfg.chunk_seconds) + 1), []
@@ -1122,10 +1136,8 @@ def test_soak():
         frames, samples = (np.concatenate(x) for x in zip(*chunks))
         films = sample.Films(frames[cut(cfg.fps)][None], samples[cut(cfg.sample_rate)][None],
                              said[cut(cfg.fps)][None])
-        with pytest.MonkeyPatch.context() as patch:        # one window: all of it
-            patch.setattr(sample, "windows_of", lambda seconds: [(0, part)])
-            return {name: value[0] for name, value in sample.score(ruler, films, other).items()}, \
-                ruler.colours(films.frames).mean(1)
+        figures = {name: value for name, (value,) in sample.score(ruler, films, other).items()}
+        return figures, ruler.colours(films.frames).mean(1)
 
     begin, colours = figures(first, lambda pace: slice(0, part * pace))
     end, late_colours = figures(list(last), lambda pace: slice(-part * pace, None))
@@ -1144,35 +1156,27 @@ def test_soak():
 
 # The ruler and the films
 
-@pytest.fixture(scope="module")
-def world():
-    """The ruler, films of ground truth, others as the distances' reference, and the films' scores."""
+def test_the_ruler_knows_truth_from_shuffled_sound_and_sees_what_is_wrong():
     cfg = Config()
     films, reference = (sample.to_films(sample.held_out(cfg, 6, 6, kind), cfg) for kind in (0, 1))
-    return (ruler := sample.Ruler(cfg)), films, reference, sample.score(ruler, films, reference)
+    ruler, length = sample.Ruler(cfg), films.frames.shape[1]
 
+    def score(**wrong):                                    # in their one window
+        figures = sample.score(ruler, films._replace(**wrong), reference)
+        return {name: value for name, (value,) in figures.items()}
 
-def test_the_ruler_knows_truth_from_shuffled_sound(world):
-    ruler, films, reference, truth = world
-    shuffled = sample.score(ruler, films._replace(samples=np.roll(films.samples, 1, 0)), reference)
-    assert truth["transcript_error"][0] <= 0.01 and shuffled["transcript_error"][0] > 0.8
-    assert truth["lip"][0] > 0.97 and truth["sync"][0] > 0.95 and abs(shuffled["sync"][0]) < 0.3
-    assert abs(truth["sync_lag_ms"][0]) < 10 and truth["identity_drift"][0] < 0.01
-    assert truth["voice_drift"][0] < 0.05 and truth["frechet_audio"][0] < 1
-
-
-def test_the_ruler_sees_what_is_wrong(world):
-    ruler, films, reference, truth = world
-    late = sample.score(ruler, films._replace(samples=np.roll(films.samples, 1000, 1)), reference)
-    assert abs(late["sync_lag_ms"][0] - 125) < 15          # 1000 samples at 8 kHz
-    frozen = films.frames[:, :1].repeat(films.frames.shape[1], 1)
-    assert sample.score(ruler, films._replace(frames=frozen), reference)["motion"][0] == 0
-    light = np.linspace(1, 0.5, films.frames.shape[1])[None, :, None, None, None]
-    faded = films._replace(frames=(films.frames * light).astype(np.uint8))
-    assert sample.score(ruler, faded, reference)["identity_drift"][0] > 0.05
+    truth, shuffled = score(), score(samples=np.roll(films.samples, 1, 0))
+    assert truth["transcript_error"] <= 0.01 and shuffled["transcript_error"] > 0.8
+    assert truth["lip"] > 0.97 and truth["sync"] > 0.95 and abs(shuffled["sync"]) < 0.3
+    assert abs(truth["sync_lag_ms"]) < 10 and truth["identity_drift"] < 0.01
+    assert truth["voice_drift"] < 0.05 and truth["frechet_audio"] < 1
+    assert abs(score(samples=np.roll(films.samples, 1000, 1))["sync_lag_ms"] - 125) < 15   # 1000 at 8 kHz
+    assert score(frames=films.frames[:, :1].repeat(length, 1))["motion"] == 0
+    light = np.linspace(1, 0.5, length)[None, :, None, None, None]
+    assert score(frames=(films.frames * light).astype(np.uint8))["identity_drift"] > 0.05
     hiss = 0.02 * np.random.default_rng(0).standard_normal(films.samples.shape)
-    noisy = films._replace(samples=films.samples + hiss)
-    assert sample.score(ruler, noisy, reference)["frechet_audio"][0] > 2 * truth["frechet_audio"][0]
+    assert score(samples=films.samples + hiss)["frechet_audio"] > 2 * truth["frechet_audio"]
+    assert abs(score(samples=films.samples / 2)["loudness_db"] - truth["loudness_db"] + 6.02) < 0.01
 
 
 def test_mp4_keeps_length_and_sync(tmp_path):
@@ -1212,7 +1216,7 @@ def test_sample_writes_each_kind_of_film(ending, small_checkpoint, tmp_path, cap
     figures = json.loads(capsys.readouterr().out)
     assert out.stat().st_size > 300 and [p.name for p in tmp_path.iterdir()] == [out.name]
     assert {"out", "seconds", "frames", "mode", "steps", "fps", "real_time_factor", "first_chunk_ms",
-            "load_s", "peak_memory_mb"} <= set(figures)
+            "load_s", "peak_memory_mb"} == set(figures)
     assert figures["frames"] == figures["seconds"] * 16 == 2 + 15 + 8
 
 
@@ -1268,7 +1272,8 @@ def test_interrupted_sampling_keeps_a_playable_film(kind, small_checkpoint, tmp_
 
 
 def test_first_frame_of_odd_size_is_resized_and_said(tmp_path, capsys):
-    imageio.v3.imwrite(tmp_path / "odd.png", np.full((100, 37, 3), 200, np.uint8))
+    odd = np.pad(np.full((37, 37, 3), 200, np.uint8), ((31, 32), (0, 0), (0, 0)))      # a square amid black
+    imageio.v3.imwrite(tmp_path / "odd.png", odd)
     frame = sample.read_first_frame(tmp_path / "odd.png", Config())
     assert frame.shape == (64, 64, 3) and (frame == 200).all() and "37 x 100" in capsys.readouterr().err
 
@@ -1380,22 +1385,16 @@ def test_products_are_counted_and_timed():
     assert products.alone("cpu") > 0
 
 
-def test_training_refuses_the_seeds_of_the_evaluation():
-    for chance in sample.held_out(Config(), 2, 0.5, draw=lambda cfg, chance, frames: chance):
-        with pytest.raises(SystemExit):
-            train.build_parser().parse_args(["--seed", str(chance.bit_generator.seed_seq.entropy[0])])
-
-
 # The repository
 
 def test_every_config_field_is_read():
     source = "".join((HERE / name).read_text() for name in ("mutual_forcing.py", "train.py", "sample.py"))
     for field in fields(Config):
-        assert re.search(rf"\b(c|cfg|self)\.{field.name}\b", source), field.name
+        assert re.search(rf"\b(c|cfg)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1295), ("sample.py", 738),
-                                          ("test_mutual_forcing.py", 1462)])
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1287), ("sample.py", 724),
+                                          ("test_mutual_forcing.py", 1463)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
@@ -1414,6 +1413,8 @@ def test_readme_commands_parse_and_files_exist():
             seen.add(script)
             parsers[script].parse_args(words[words.index(script) + 1:])
     assert seen == set(parsers)
+    for options, _ in train.ARMS.values():
+        parsers["train.py"].parse_args(options.split())
     for name in re.findall(r"[\w./-]+\.(?:py|txt|png|pt|gif)\b", text):
         if not name.startswith("runs/") and "sample." not in name.replace("sample.py", ""):
             assert (HERE / name).exists(), name

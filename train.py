@@ -24,7 +24,6 @@ import sys
 import time
 import timeit
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -444,24 +443,6 @@ def film_batch(model, drawn: tuple[Film, torch.Tensor], babble: float):
                                       controls.first, first)
 
 
-@dataclasses.dataclass
-class Draws:
-    """The films of a stage, by (step, part of its batch), as a DataLoader asks for them."""
-    cfg: Config
-    draw: Callable
-    seed: int
-    index: int
-    plan: "Plan"
-    parts: int
-
-    def __getitem__(self, key: tuple[int, int]):
-        step, part = key
-        seconds = self.plan.seconds[step % len(self.plan.seconds)]     # lengths in turn
-        size = self.plan.clips(seconds) // self.parts
-        rows = range(part * size, (part + 1) * size)
-        return draw_films(self.cfg, self.draw, self.seed, self.index, step, rows, seconds)
-
-
 # ---- Many processes (torchrun) and many passes: each takes its part; gradients are averaged. ---------------
 
 def process() -> tuple[int, int]:
@@ -629,10 +610,19 @@ class State:
     def next_films(self, args):
         """What draw_films() draws for the next pass: on the spot, or ahead, by processes for that alone."""
         if self.films is None:
-            draws = Draws(self.model.cfg, self.draw, args.seed, self.index, self.plan, self.parts)
-            keys = [(step, part) for step in range(self.step, self.plan.steps) for part in self.own]
+            plan, own, parts = self.plan, self.own, self.parts
+            draw = functools.partial(draw_films, self.model.cfg, self.draw, args.seed, self.index)
+
+            def films(turn: int):                          # of passes, through all steps
+                step, i = divmod(turn, len(own))
+                seconds = plan.seconds[step % len(plan.seconds)]       # lengths in turn
+                size = plan.clips(seconds) // parts
+                return draw(step, range(own[i] * size, (own[i] + 1) * size), seconds)
+
+            turns = range(self.step * len(own), plan.steps * len(own))
             self.films = iter(DataLoader(                  # not in our group: Ctrl-C is not for them
-                draws, None, sampler=keys, num_workers=args.workers, worker_init_fn=lambda _: os.setpgrp(),
+                turns, None, collate_fn=films, num_workers=args.workers,
+                worker_init_fn=lambda _: os.setpgrp(),
                 multiprocessing_context="fork" if args.workers else None))
         return next(self.films)
 
@@ -791,7 +781,8 @@ def save(state: State, args) -> None:
 # ---- Speed, beside the machine's limit: the time that the same matrix products take alone. -----------------
 
 class Products(TorchDispatchMode):
-    """Collects the shapes of all matrix products made while it is entered, attention's two among them."""
+    """Collects the shapes of matrix products made while it is entered, attention's two among them (but not
+    those of a fused attention's backward pass)."""
 
     def __init__(self):
         super().__init__()
@@ -1137,7 +1128,7 @@ def check(args, cfg: Config) -> None:
     parts, terms = args.accumulate * process()[1], sum(getattr(args, name) > 0 for name in OBJECTIVES)
     if not terms:
         raise TrainingError("--flow, --shortcut and --dmd: one of them must weigh more than 0")
-    for stage in stages_of(args):
+    for stage in stages_of(args.stage):
         plan, mutual = plan_of(args, stage), stage == "mutual"
         least = cfg.chunk_seconds * (3 if mutual else 2)   # to roll out history
         if not all(least <= seconds <= cfg.clock / 2 for seconds in plan.seconds):
@@ -1160,9 +1151,9 @@ def check(args, cfg: Config) -> None:
         args.real_whole = bool(extra.get("whole"))
 
 
-def stages_of(args) -> list[str]:
+def stages_of(stage: str) -> list[str]:
     """The stages asked for."""
-    return list(STAGES) if args.stage == "all" else [args.stage]
+    return list(STAGES) if stage == "all" else [stage]
 
 
 def load_resume(args) -> dict:
@@ -1170,7 +1161,7 @@ def load_resume(args) -> dict:
     content = load_file(args.out / "resume.pt")
     try:
         net, settings = AudioVideoTransformer(Config(**content["config"])), dict(content["settings"])
-        if content["stage"] not in stages_of(argparse.Namespace(**settings)):
+        if content["stage"] not in stages_of(settings["stage"]):
             raise ValueError
     except (AttributeError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{args.out / 'resume.pt'}: not what --resume goes on from") from None
@@ -1182,7 +1173,7 @@ def run(args) -> None:
     if args.tables:
         try:
             print(tables(json.loads(args.tables.read_text())))
-        except (KeyError, TypeError, IndexError, ValueError):
+        except (AttributeError, KeyError, TypeError, IndexError, ValueError):
             raise TrainingError(f"{args.tables}: not the results of --reproduce") from None
         return
     check_device(args.device)
@@ -1210,7 +1201,7 @@ def train_stages(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for half in args.out.rglob("*.unfinished") if process()[0] == 0 else ():   # of a run killed as it saved
         half.unlink(missing_ok=True)
-    stages = stages_of(args)
+    stages = stages_of(args.stage)
     least = max(frames_of(model.cfg, seconds) for stage in stages for seconds in plan_of(args, stage).seconds)
     for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
         if rank == process()[0]:
@@ -1284,10 +1275,11 @@ def main(argv=None) -> int:
     except OSError as error:
         print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=aloud)
     except (RuntimeError, MemoryError) as error:
-        if process()[1] == 1 and "memory" not in str(error):
+        if process()[1] == 1 and isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        print(f"train.py: process {process()[0]}: {str(error).splitlines()[0]}; if another process has "
-              f"ended, or with more memory, go on with {resume}", file=aloud)
+        said = (str(error) or "out of memory").splitlines()[0]
+        print(f"train.py: process {process()[0]}: {said}; if another process has ended, or with more memory, "
+              f"go on with {resume}", file=aloud)
     return 2
 
 
