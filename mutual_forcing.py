@@ -429,7 +429,7 @@ class AudioVideoTransformer(nn.Module):
         for n, values in zip(BRANCHES, split(self.cfg, z.to(self.no_first))):
             if n in scripts[0]:
                 branch, (text, phases) = getattr(self, n), zip(*(script[n] for script in scripts))
-                tokens = branch.embed(values.contiguous()) + torch.cat(text, 1)    # or matmul copies weights
+                tokens = branch.embed(values.contiguous()) + torch.cat(text, 1)    # else: weights are copied
                 parts[n] = Part(branch, tokens, changes[n], torch.cat(phases))
         return parts
 

@@ -167,13 +167,6 @@ def windows_of(seconds: float) -> list[tuple]:
     return [window for window in WINDOWS if window[1] <= seconds] + last
 
 
-class Films(NamedTuple):
-    """Films to be scored: frames uint8 (n, F, h, w, 3), samples (n, N), symbols (n, F) or None."""
-    frames: np.ndarray
-    samples: np.ndarray
-    symbols: np.ndarray | None
-
-
 def openings(letters: np.ndarray) -> np.ndarray:
     """Letters (n, F) -> how far the mouth that says them opens (n, F)."""
     return np.stack([train.mouth_of(film)[:, 0] for film in letters])
@@ -192,7 +185,7 @@ def letters_read(ruler: Ruler, samples: np.ndarray, symbols: np.ndarray, begin: 
     return wrong / max(1, count)
 
 
-def score(ruler: Ruler, films: Films, reference: Films) -> dict[str, list]:
+def score(ruler: Ruler, films: train.Film, reference: train.Film) -> dict[str, list]:
     """All figures of the ruler, a number a window; None where it does not apply."""
     cfg, fps = ruler.cfg, ruler.cfg.fps
     mouths, heard = ruler.mouths(films.frames), ruler.hear(ruler.per_frame(films.samples))
@@ -235,15 +228,15 @@ def held_out(cfg: Config, count: int, seconds: float, kind: int = 0, draw=train.
             for i in range(count)]
 
 
-def to_films(films: list[train.Film], cfg: Config) -> Films:
-    """Films of the world, as the ruler takes them."""
-    return Films(np.stack([film.frames for film in films]), np.stack([film.samples for film in films]),
-                 np.stack([film.symbols[cfg.margin:-cfg.margin] for film in films]))
+def to_films(films: list[train.Film], cfg: Config) -> train.Film:
+    """Films as the ruler takes them: stacked, their symbols (n, F) without the margins."""
+    films = train.Film(*map(np.stack, zip(*films)))
+    return films._replace(symbols=films.symbols[:, cfg.margin:-cfg.margin])
 
 
 @torch.inference_mode()
 def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: float, babble: bool,
-           window: int | None = None, seed: int = 0) -> Films:
+           window: int | None = None, seed: int = 0) -> train.Film:
     """Let a model make the films anew from their controls; every second one is given the first frame too."""
     cfg, made, batch = model.cfg, [], 16
     _, controls = train.encode_films(cfg, train.stack(films))
@@ -264,7 +257,8 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
             tokens.append(audio.cpu())
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
-    return Films(*map(np.concatenate, zip(*made)), to_films(films, cfg).symbols)
+    frames, samples = map(np.concatenate, zip(*made))
+    return to_films(films, cfg)._replace(frames=frames, samples=samples)
 
 
 def evaluate(args) -> dict:
