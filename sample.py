@@ -22,6 +22,7 @@ import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
@@ -263,8 +264,8 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
 
 def evaluate(args) -> dict:
     """Score checkpoints in both modes, spoken and babbling, beside ground truth and shuffled sound."""
-    models = [(str(path), train.in_precision(load_checkpoint(path)[0].to(args.device),
-                                             args.precision or "fp32")) for path in args.evaluate]
+    models = [(str(path), for_sampling(load_checkpoint(path)[0], args.device, args.precision or "fp32"))
+              for path in args.evaluate]
     cfg = models[0][1].cfg
     if any(model.cfg.image != cfg.image for _, model in models):
         raise ValueError("--evaluate: checkpoints of one picture size at a time")
@@ -390,7 +391,21 @@ GLYPHS = dict(zip(ALPHABET, (                              # five rows of three 
     "65655 34216 72222 55557 55552 55775 55255 55222 71247").split()))
 
 
-# ---- Speed. On a GPU a small network waits for its launches: --graphs replays whole passes instead. --------
+# ---- Speed: packed weights on a CPU; a GPU, else waiting for launches, replays whole passes (--graphs). ----
+
+def for_sampling(model: AudioVideoTransformer, device, precision: str | None = None) -> AudioVideoTransformer:
+    """The model itself, on the device, its weights in fp32 or bf16 (by default the faster there), packed
+    where that serves; it can no longer be trained or saved."""
+    dtype = train.PRECISIONS[precision or train.faster_precision(device)]
+    model = model.to(device, dtype).requires_grad_(False)
+    packs = torch.device(device).type == "cpu" and dtype == torch.bfloat16
+    if packs and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        for part in list(model.modules()):
+            for name, layer in part.named_children():
+                if isinstance(layer, nn.Linear):
+                    setattr(part, name, train.Packed(layer.weight, layer.bias))
+    return model
+
 
 def cuda_graph(function, pool):
     """Record what a function asks of the GPU -> a function that asks it again, and returns the same tensor;
@@ -592,7 +607,7 @@ def benchmark_row(args, change: dict) -> dict:
         model = AudioVideoTransformer(replace(model.cfg, image=change["size"]))
     if torch.device(args.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
-    model = train.in_precision(model.to(args.device), args.precision)
+    model = for_sampling(model, args.device, args.precision)
     return time_films(model, graphs=args.graphs, **{k: v for k, v in change.items() if k != "size"})
 
 
@@ -603,7 +618,7 @@ def make_film(args) -> tuple[dict, int]:
     model, _ = load_checkpoint(args.checkpoint)
     cfg = model.cfg
     settings = film_settings(args, cfg)
-    train.in_precision(model.to(args.device), args.precision)
+    model = for_sampling(model, args.device, args.precision)
     if args.graphs:                                        # a film long enough to record them all
         model, short = Graphed(model), (2 * cfg.window + 1) * cfg.chunk_seconds
         deque(stream(model, **settings | {"seconds": short}), maxlen=0)

@@ -780,6 +780,18 @@ def save(state: State, args) -> None:
 
 # ---- Speed, beside the machine's limit: the time that the same matrix products take alone. -----------------
 
+class Packed(torch.nn.Module):
+    """A linear layer (weight (out, in), bias) whose weight cannot learn, but lies as a CPU's products in bf16
+    read it: F.linear lays it out anew for each, a tenth of a film's time. Its output is the same."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
+        super().__init__()
+        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
 class Products(TorchDispatchMode):
     """Collects the shapes of matrix products made while it is entered, attention's two among them (but not
     those of a fused attention's backward pass)."""
@@ -791,19 +803,19 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm", "matmul", "addmm", "baddbmm"):        # of some, a bias comes first
-            self.shapes.append((args[-2].shape, args[-1].shape))
-        elif name == "linear":
-            self.shapes.append((args[0].shape, args[1].shape[::-1]))
+            self.shapes.append((args[-2].shape, args[-1].shape, False))
+        elif name in ("linear", "_linear_pointwise"):                  # the latter: see Packed
+            self.shapes.append((args[0].shape, args[1].shape[::-1], name != "linear"))
         elif "scaled_dot_product" in name and "backward" not in name:
             q, k, v = (x.shape for x in args[:3])
-            self.shapes += [(q, (*k[:-2], k[-1], k[-2])), ((*q[:-1], k[-2]), v)]
+            self.shapes += [(q, (*k[:-2], k[-1], k[-2]), False), ((*q[:-1], k[-2]), v, False)]
         return func(*args, **(kwargs or {}))
 
     def alone(self, device) -> float:
-        """Seconds for the products alone, in the faster of fp32 and bf16."""
-        dtype = PRECISIONS[faster_precision(device)]
-        pairs = [[torch.randn(shape, dtype=dtype, device=device) for shape in pair] for pair in self.shapes]
-        return fastest(lambda: [a @ b for a, b in pairs], device, 5)
+        """Seconds for the products alone, in the faster of fp32 and bf16, packed weights packed."""
+        random = functools.partial(torch.randn, dtype=PRECISIONS[faster_precision(device)], device=device)
+        pairs = [(random(a), Packed(random(b).T) if packed else random(b)) for a, b, packed in self.shapes]
+        return fastest(lambda: [b(a) if isinstance(b, Packed) else a @ b for a, b in pairs], device, 5)
 
 
 def fastest(function, device, runs: int) -> float:
@@ -856,11 +868,6 @@ def faster_precision(device) -> str:
         return fastest(lambda: a @ b.T, device, 10)
 
     return min(PRECISIONS, key=seconds)
-
-
-def in_precision(model: AudioVideoTransformer, precision: str | None) -> AudioVideoTransformer:
-    """Turn a model's weights to fp32 or bf16; by default to the faster here."""
-    return model.to(PRECISIONS[precision or faster_precision(model.no_first.device)])
 
 
 def markdown(rows: list[dict]) -> str:
