@@ -22,7 +22,6 @@ import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
-from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 from tqdm import tqdm
 
@@ -397,12 +396,12 @@ def for_sampling(model: AudioVideoTransformer, device, precision: str | None = N
     """The model itself, on the device, its weights in fp32 or bf16 (by default the faster there), packed
     where that serves; it can no longer be trained or saved."""
     dtype = train.PRECISIONS[precision or train.faster_precision(device)]
-    model = model.to(device, dtype).requires_grad_(False)
+    model = model.to(device, dtype)
     packs = torch.device(device).type == "cpu" and dtype == torch.bfloat16
     if packs and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         for part in list(model.modules()):
             for name, layer in part.named_children():
-                if isinstance(layer, nn.Linear):
+                if isinstance(layer, torch.nn.Linear):
                     setattr(part, name, train.Packed(layer.weight, layer.bias))
     return model
 
