@@ -60,7 +60,7 @@ class Config:
     clock: int = 16              # seconds after which every rotary phase in time has come round
     video_shift: float = 12.0    # of warp(): how far times are pushed toward noise; more for the picture, as
     audio_shift: float = 4.0     # its codec enlarges mouths: at equal progress both have chosen a letter
-    late: float = 0.99           # progress at which the picture's last quarter of steps begins (t = 0.89)
+    late: float = 0.99           # progress where the picture's last quarter of few steps begins (t = 0.89)
 
     def __post_init__(self):
         odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
@@ -188,10 +188,10 @@ def warp(u, shift=Config.audio_shift):
 
 
 def progress(cfg: Config, steps: int) -> Tensor:
-    """A sampler's grid as u of warp() (steps + 1, 2). The picture's last quarter (our choice) begins late,
-    where training hardly draws times: begun earlier, it draws anew what stands still. The grids nest."""
-    u = torch.linspace(0, 1, steps + 1)
-    return torch.stack([torch.minimum(u * cfg.late / 0.75, 1 - (1 - u) * (1 - cfg.late) / 0.25), u], -1)
+    """A sampler's grid as u of warp() (steps + 1, 2). Those of 4 and 8 nest; the picture's last quarter (our
+    choice) begins late, or draws anew what stands still. More steps go evenly: late, training is too rare."""
+    u, late = torch.linspace(0, 1, steps + 1), cfg.late if steps <= 8 else 0.75
+    return torch.stack([torch.minimum(u * late / 0.75, 1 - (1 - u) * (1 - late) / 0.25), u], -1)
 
 
 def each_value(cfg: Config, x: Tensor) -> Tensor:
@@ -380,7 +380,7 @@ class Branch(nn.Module):
         the feed-forward; last the shift and scale of the head. Each (B, S, 1, D); scales are about 1."""
         condition = self.step(t, d, character)[:, :, None]
         shared, head = self.modulation(condition), self.head_modulation(condition).chunk(2, -1)
-        return [[x + (i % 3 == 1) for i, x in enumerate(change)]
+        return [[x + int(i % 3 == 1) for i, x in enumerate(change)]
                 for change in (*(side.modulate(shared) for side in self.sides), head)]
 
 

@@ -5,12 +5,14 @@ if __name__ in ("__main__", "__mp_main__"):                # the latter: see apa
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C while PyTorch loads: no traceback
 
 import argparse
+import copy
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections import deque
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -22,7 +24,7 @@ import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from tqdm import tqdm
 
 import train
@@ -415,6 +417,47 @@ def cuda_graph(function, pool):
     return lambda: (graph.replay(), result)[1], graph.pool()
 
 
+class Traced:
+    """A model for stream() and generate(), whose passes over a chunk are recorded by TorchScript when they
+    first occur, and replayed, with no Python in between. All films of one batch, guidance and window."""
+
+    def __init__(self, model: AudioVideoTransformer):
+        self.model, self.passes = model, {}
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def replay(self, key, function, *inputs):
+        """function(*inputs), trees of tensors, as recorded."""
+        leaves, form = tree_flatten(inputs)
+        if key not in self.passes:
+            work = torch.nn.Module()                       # which holds the weights: they are no constants
+            work.model, work.forward = self.model, lambda *leaves: function(*tree_unflatten(leaves, form))
+            example = tuple(leaf.clone() for leaf in leaves)           # a cache takes what it is given once
+            with warnings.catch_warnings(action="ignore"):             # torch.jit is old; it unrolls loops
+                self.passes[key] = torch.jit.trace(work, example, check_trace=False)
+            for _ in range(2):                             # its first runs optimise it
+                self.passes[key](*example)
+        return self.passes[key](*leaves)
+
+    def __call__(self, x_t, t, d, controls, history=None, chunk=None):
+        """As the model's, without history."""
+        return self.replay("parallel", lambda *inputs: self.model(*inputs, None, chunk), x_t, t, d, controls)
+
+    def step(self, z, changes, scripts, cache, done: int = 0):
+        """As the model's. A trace serves all moments of the grid, and one place in the cache's ring."""
+        count = cache.count
+
+        def run(z, changes, scripts, kv):
+            own = copy.copy(cache)
+            own.kv, own.count = kv, count
+            return self.model.step(z, changes, scripts, own, done)
+
+        cache.count = count + done
+        key = done, min(count, cache.window), done and count % cache.window
+        return self.replay(key, run, z, changes, scripts, cache.kv)
+
+
 class Graphed:
     """A model for stream() and generate(), whose passes over a chunk are recorded as CUDA graphs when they
     first occur, and replayed. One film at a time; all of one batch, grid, mode, guidance and window."""
@@ -471,11 +514,17 @@ class Graphed:
         return x_hat
 
 
+def recorded(model: AudioVideoTransformer) -> Traced | Graphed:
+    """The model, for --graphs; it records as it makes the first film, of 2 W + 1 chunks or more."""
+    return (Graphed if model.no_first.is_cuda else Traced)(model)
+
+
 # One thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
 
 MULTI = {"mode": "multi", "steps": 50}
 BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, {"size": 96}, {"size": 128},
-             {"cache": False}, {"size": 128, "cache": False}, {"seconds": 60}, {"seconds": 600})
+             {"cache": False}, {"batch": 8, "cache": False}, {"size": 128, "cache": False},
+             {"seconds": 60}, {"seconds": 600})
 ON_A_GPU = tuple({"batch": batch, "seconds": 2} for batch in (64, 512, 1024, 2048))
 
 
@@ -504,8 +553,9 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
         for index, _ in zip(range(cfg.window + 3), films_of(model, cfg.window + 3, **settings)):
             if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
-    makers = [Graphed(model) if graphs and cache else model for _ in range(2)]
-    for maker in makers if graphs and cache else ():       # the first film records
+    graphs = graphs and (cache or device.type == "cpu")    # no graph without a cache
+    makers = [recorded(model) if graphs else model for _ in range(2)]
+    for maker in makers if graphs else ():                 # the first film records
         deque(films_of(maker, 2 * cfg.window + 1, **settings), maxlen=0)
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
         video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
@@ -619,7 +669,7 @@ def make_film(args) -> tuple[dict, int]:
     settings = film_settings(args, cfg)
     model = for_sampling(model, args.device, args.precision)
     if args.graphs:                                        # a film long enough to record them all
-        model, short = Graphed(model), (2 * cfg.window + 1) * cfg.chunk_seconds
+        model, short = recorded(model), (2 * cfg.window + 1) * cfg.chunk_seconds
         deque(stream(model, **settings | {"seconds": short}), maxlen=0)
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
@@ -667,7 +717,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the figures as one JSON object")
     add("--evaluate", type=Path, nargs="+", metavar="CKPT", help="score checkpoints instead")
     add("--precision", choices=train.PRECISIONS, help="default: what is faster here; to score, fp32")
-    add("--graphs", action="store_true", help="on a GPU: record the network's passes, and replay them")
+    add("--graphs", action="store_true", help="record the network's passes, then replay them: a longer start")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
     add("--talkers", type=int, default=32, help="films to score; default %(default)s")
     add("--data", type=Path, help="folder of clips to score against, instead of talkers")
@@ -677,10 +727,10 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises ValueError and the like."""
     train.check_device(args.device)
-    if torch.device(args.device).type == "cuda":
-        torch.cuda.set_device(args.device)                 # where graphs are recorded
-    if args.graphs and (args.evaluate or torch.device(args.device).type != "cuda"):
-        raise ValueError("--graphs: needs --device cuda, and is not for --evaluate")
+    if args.device.startswith("cuda:"):                    # one of several: graphs are recorded there
+        torch.cuda.set_device(args.device)
+    if args.graphs and args.evaluate:
+        raise ValueError("--graphs: is not for --evaluate")
     if args.data and not args.evaluate:
         raise ValueError("--data: is for --evaluate")
     if args.benchmark:

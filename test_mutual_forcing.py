@@ -136,6 +136,8 @@ def test_warp_is_monotone_and_shared_by_grid_and_density():
     late = torch.tensor([0, TINY.late / 3, TINY.late * 2 / 3, TINY.late, 1])       # the picture's last step
     assert torch.allclose(video, mf.warp(late, TINY.video_shift)[:, None], atol=1e-6)
     assert torch.equal(mf.time_grid(TINY, 4), mf.time_grid(TINY, 8)[::2])  # half a step of 4 is one of 8
+    many = mf.cut_branches(TINY, mf.time_grid(TINY, 50))[0][:, 0, 0, 0]    # evenly: training draws few late
+    assert torch.allclose(many, mf.warp(torch.linspace(0, 1, 51), TINY.video_shift), atol=1e-5)
     for late in (0.5, 1.0):                                # its last quarter may not come early, or be none
         with pytest.raises(ValueError):
             Config(late=late)
@@ -690,8 +692,9 @@ def test_a_tiny_stage_3_makes_the_4_step_error_smaller():
 
     @torch.no_grad()
     def film(net, steps, few):                             # the picture before its last step, which smooths
-        times, picture = mf.time_grid(cfg, steps), torch.arange(cfg.step_values) < cfg.video_values
-        sizes = times.diff(dim=0) * few
+        u = [np.interp(np.linspace(0, 4, steps + 1), range(5), branch) for branch in mf.progress(cfg, 4).T]
+        times = mf.each_value(cfg, mf.warp(torch.tensor(np.stack(u, 1)).float(), cfg.shifts))[:, None, None]
+        sizes, picture = times.diff(dim=0) * few, torch.arange(cfg.step_values) < cfg.video_values
         states = mf.denoise(lambda z, k: net(z, times[k], sizes[k], controls, x), noise, times)
         return torch.where(picture, states[steps * 3 // 4], states[-1])
 
@@ -1228,11 +1231,17 @@ def test_sample_refuses_bad_input(small_checkpoint, tmp_path, capsys):
                   ["--steps", "0"], ["--seconds", "-1"], ["--seconds", "0"], ["--window", "99"],
                   ["--character", "nobody"], ["--out", tmp_path / "no" / "a.mp4"], ["--out", "film.avi"],
                   ["--checkpoint", picture], ["--checkpoint", "missing.pt"],
-                  ["--graphs"], ["--evaluate", small_checkpoint, "--seconds", "inf"]):
+                  ["--graphs", "--evaluate", small_checkpoint],
+                  ["--evaluate", small_checkpoint, "--seconds", "inf"]):
         assert run_sampling(small_checkpoint, "--out", kept, *wrong) == 2 and len(complaints(capsys)) == 1
     assert kept.read_bytes() == b"old film" and len(list(tmp_path.iterdir())) == 2
     if not torch.cuda.is_available():
         assert run_sampling(small_checkpoint, "--out", kept, "--device", "cuda") == 2
+
+
+def test_a_gpu_needs_no_number(monkeypatch, capsys):
+    monkeypatch.setattr(train, "check_device", lambda name: None)      # as if there were one
+    assert sample.main(["--device", "cuda", "--data", "."]) == 2 and "--data" in complaints(capsys)[0]
 
 
 @pytest.mark.parametrize("kind", ["wav", "mp4", "gif", "png", "pt"])
@@ -1320,6 +1329,23 @@ def test_graphs_make_the_same_films(monkeypatch):
         assert len(recorded) == 2 + 2 * 2 * TINY.window    # script; first pass; 2, at each place in the ring
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_traces_make_the_same_films(precision):
+    model = sample.for_sampling(lively().eval(), "cpu", precision)
+    traced = sample.recorded(model)
+    for seed, said in enumerate(["one film after the other", None, "and a third"]):
+        options = {"seconds": 3 - seed, "transcript": said, "character": seed, "steps": 2 + seed}
+        pairs = zip(mf.stream(traced, **options), mf.stream(model, **options), strict=True)
+        assert all(np.array_equal(a, b) for pair in pairs for a, b in zip(*pair))
+        assert len(traced.passes) == 3 * TINY.window + 1   # places in the ring: to commit to, to read from
+    options, alike = {"batch": 1, "mode": "few", "steps": 2, "guidance": 1.0, "cache": False}, []
+    for maker in (traced, traced, model):                  # and what the benchmark holds against the cache
+        torch.manual_seed(0)
+        with torch.inference_mode():
+            alike += next(sample.films_of(maker, 1, **options))[-1:]
+    assert torch.equal(alike[0], alike[2]) and torch.equal(alike[1], alike[2])
+
+
 def test_benchmarks_measure_and_say_on_what(small_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(sample, "BENCHMARK", ({"seconds": 1}, {"seconds": 1, "cache": False},
                                               {"seconds": 1, "batch": 2, "steps": 2, "mode": "multi"}))
@@ -1396,8 +1422,8 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1294), ("sample.py", 732),
-                                          ("test_mutual_forcing.py", 1466)])
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1302), ("sample.py", 782),
+                                          ("test_mutual_forcing.py", 1492)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110

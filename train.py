@@ -780,16 +780,24 @@ def save(state: State, args) -> None:
 
 # ---- Speed, beside the machine's limit: the time that the same matrix products take alone. -----------------
 
+@torch.jit.script_if_tracing
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None):
+    """oneDNN's linear layer, of a weight that it has laid out."""
+    none: list[int | float | complex | None] = []          # how TorchScript spells a list of scalars
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", none, "")
+
+
 class Packed(torch.nn.Module):
     """A linear layer (weight (out, in), bias) whose weight cannot learn, but lies as a CPU's products in bf16
     read it: F.linear lays it out anew for each, a tenth of a film's time. Its output is the same."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None):
         super().__init__()
-        self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight), bias
+        self.register_buffer("weight", torch.ops.mkldnn._reorder_linear_weight(weight))
+        self.register_buffer("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return packed_linear(x, self.weight, self.bias)
 
 
 class Products(TorchDispatchMode):
