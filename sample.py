@@ -392,7 +392,7 @@ GLYPHS = dict(zip(ALPHABET, (                              # five rows of three 
     "65655 34216 72222 55557 55552 55775 55255 55222 71247").split()))
 
 
-# ---- Speed: packed weights on a CPU; a GPU, else waiting for launches, replays whole passes (--graphs). ----
+# ---- Speed: weights packed on a CPU; whole passes recorded, and replayed without Python (--graphs). --------
 
 def for_sampling(model: AudioVideoTransformer, device, precision: str | None = None) -> AudioVideoTransformer:
     """The model itself, on the device, its weights in fp32 or bf16 (by default the faster there), packed
@@ -419,7 +419,8 @@ def cuda_graph(function, pool):
 
 class Traced:
     """A model for stream() and generate(), whose passes over a chunk are recorded by TorchScript when they
-    first occur, and replayed, with no Python in between. All films of one batch, guidance and window."""
+    first occur, and replayed, with no Python in between. On a CPU; all films of one batch, guidance and
+    window. (torch.jit is no longer developed; torch.compile takes minutes, and gains nothing here.)"""
 
     def __init__(self, model: AudioVideoTransformer):
         self.model, self.passes = model, {}
@@ -434,15 +435,16 @@ class Traced:
             work = torch.nn.Module()                       # which holds the weights: they are no constants
             work.model, work.forward = self.model, lambda *leaves: function(*tree_unflatten(leaves, form))
             example = tuple(leaf.clone() for leaf in leaves)           # a cache takes what it is given once
-            with warnings.catch_warnings(action="ignore"):             # torch.jit is old; it unrolls loops
+            with warnings.catch_warnings(action="ignore"):             # deprecated; and loops are unrolled
                 self.passes[key] = torch.jit.trace(work, example, check_trace=False)
             for _ in range(2):                             # its first runs optimise it
                 self.passes[key](*example)
         return self.passes[key](*leaves)
 
-    def __call__(self, x_t, t, d, controls, history=None, chunk=None):
-        """As the model's, without history."""
-        return self.replay("parallel", lambda *inputs: self.model(*inputs, None, chunk), x_t, t, d, controls)
+    def __call__(self, x_t, t, d, controls, history, chunk):
+        """As the model's, without history: what the cache is measured against."""
+        assert history is None
+        return self.replay(chunk, lambda *inputs: self.model(*inputs, None, chunk), x_t, t, d, controls)
 
     def step(self, z, changes, scripts, cache, done: int = 0):
         """As the model's. A trace serves all moments of the grid, and one place in the cache's ring."""
