@@ -6,6 +6,7 @@ if __name__ in ("__main__", "__mp_main__"):                # the latter: see apa
 
 import argparse
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -516,9 +517,11 @@ class Graphed:
         return x_hat
 
 
-def recorded(model: AudioVideoTransformer) -> Traced | Graphed:
-    """The model, for --graphs; it records as it makes the first film, of 2 W + 1 chunks or more."""
-    return (Graphed if model.no_first.is_cuda else Traced)(model)
+def recorded(model: AudioVideoTransformer, film) -> Traced | Graphed:
+    """The model, for --graphs, with all of a chunk's passes recorded: film(model, chunks) streams a film."""
+    maker = (Graphed if model.no_first.is_cuda else Traced)(model)
+    deque(film(maker, 2 * model.cfg.window + 1), maxlen=0) # every place in the ring
+    return maker
 
 
 # One thing is varied at a time from 64 x 64, a single film of 10 s, few-step mode, 4 evaluations.
@@ -551,19 +554,18 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
     As many chunks after its end, or 100, take turns with a new film's: the machine's moods touch both."""
     cfg, device = model.cfg, model.no_first.device
     settings = {"batch": batch, "mode": mode, "steps": steps, "guidance": guidance, "cache": cache}
+    film = functools.partial(films_of, **settings)
     with train.Products() as products:
-        for index, _ in zip(range(cfg.window + 3), films_of(model, cfg.window + 3, **settings)):
+        for index, _ in zip(range(cfg.window + 3), film(model, cfg.window + 3)):
             if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
     graphs = graphs and (cache or device.type == "cpu")    # no graph without a cache
-    makers = [recorded(model) if graphs else model for _ in range(2)]
-    for maker in makers if graphs else ():                 # the first film records
-        deque(films_of(maker, 2 * cfg.window + 1, **settings), maxlen=0)
+    makers = [recorded(model, film) if graphs else model for _ in range(2)]
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
         video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
         chunks, times, last, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None, None
         more = min(chunks, 100)
-        old, new = (films_of(maker, n, **settings) for maker, n in zip(makers, (chunks + more, more)))
+        old, new = (film(maker, n) for maker, n in zip(makers, (chunks + more, more)))
         for _, states in zip(range(chunks), old):
             times.append(train.clock(device))
             video, audio = split(cfg, states[-1])
@@ -574,7 +576,7 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
             times.append(train.clock(device))
         writer.finish()
     turns = [train.clock(device)]
-    turns += [(next(film), train.clock(device))[1] for _ in range(more) for film in (old, new)]
+    turns += [(next(some), train.clock(device))[1] for _ in range(more) for some in (old, new)]
     whole, (model_ms, codec_ms, _) = turns[0] - times[0], 1000 * np.diff(times).reshape(-1, 3).T
     last, fresh = 1000 * np.median(np.diff(turns).reshape(-1, 2), 0)
     frames, middle, memory = batch * chunks * cfg.chunk_frames, np.median(model_ms), train.peak_memory(device)
@@ -670,9 +672,8 @@ def make_film(args) -> tuple[dict, int]:
     cfg = model.cfg
     settings = film_settings(args, cfg)
     model = for_sampling(model, args.device, args.precision)
-    if args.graphs:                                        # a film long enough to record them all
-        model, short = recorded(model), (2 * cfg.window + 1) * cfg.chunk_seconds
-        deque(stream(model, **settings | {"seconds": short}), maxlen=0)
+    if args.graphs:
+        model = recorded(model, lambda net, n: stream(net, **settings | {"seconds": n * cfg.chunk_seconds}))
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
     writer, out, code, first, stop = FilmWriter(args.out, cfg), args.out, 0, None, []

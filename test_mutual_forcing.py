@@ -1346,11 +1346,11 @@ def test_graphs_make_the_same_films(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_traces_make_the_same_films(precision):
     model = sample.for_sampling(lively().eval(), "cpu", precision)
-    traced = sample.recorded(model)
+    traced = sample.recorded(model, lambda net, n: mf.stream(net, seconds=n * TINY.chunk_seconds, steps=2))
     for seed, said in enumerate(["one film after the other", None, "and a third"]):
         options = {"seconds": 3 - seed, "transcript": said, "character": seed, "steps": 2 + seed}
-        assert same_films(traced, model, options)
         assert len(traced.passes) == 3 * TINY.window + 1   # places in the ring: to commit to, to read from
+        assert same_films(traced, model, options)
     for _ in range(2):                                     # and what the benchmark holds against the cache
         x, controls = torch.randn(1, 4, TINY.step_values), mf.film_controls(TINY, 2, "hi")
         t = torch.rand(1, 1, 1).expand(1, 4, TINY.step_values)
@@ -1434,7 +1434,7 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1302), ("sample.py", 784),
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1302), ("sample.py", 785),
                                           ("test_mutual_forcing.py", 1504)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
