@@ -53,7 +53,7 @@ class Config:
     compand: float = 0.35        # exponent that tames the peaks of the sound's spectrum
     sound_scale: float = 6.4     # brings the companded spectrum to about unit variance
     chunk: int = 4               # latent steps made at a time: half a second
-    window: int = 2              # W, chunks of history seen beside the sink (see Band): more, and errors grow
+    window: int = 2              # W, chunks of history seen beside the sink (see Band): errors grow with W
     symbols: int = 27            # letters of the transcript and silence; one more stands for "unknown"
     margin: int = 4              # frames of transcript seen before and after a chunk
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone

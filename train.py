@@ -509,6 +509,7 @@ class Plan(NamedTuple):
     ema: float = 0.999
     babble: float = 0.6    # share of clips without words: few steps have to learn most there
     picture: float = 1.0   # pace of its branch, times lr: in stage 3, at 1, faces moved more than the world's
+    window: int | None = None          # chunks of history from here on, if fewer: errors grow less in films
 
     def clips(self, seconds: float) -> int:
         """Clips of this length in a step, among all processes: at about equal cost."""
@@ -516,7 +517,7 @@ class Plan(NamedTuple):
 
 
 STAGES = {"video": Plan(500), "audio": Plan(600), "joint": Plan(6500),
-          "mutual": Plan(200, lr=2e-4, seconds=[3.0], batch=12, ema=0.99, picture=0.15)}   # a history fits
+          "mutual": Plan(200, 2e-4, [3.0], 12, ema=0.99, picture=0.15, window=1)}      # 3 s: a history fits
 OBJECTIVES = ("flow", "shortcut", "dmd")                   # options: their weights in stage 3
 TINY = {"config": ["width=64", "layers=2", "heads=1"], "steps": 24, "batch": 3, "seconds": [1.5, 2.0],
         "save": 12}
@@ -596,6 +597,8 @@ class State:
         self.draw, self.films, self.index = drawer(args.clips, stage), None, list(STAGES).index(stage)
         (rank, ranks), passes = process(), args.accumulate
         self.parts, self.own = ranks * passes, range(rank * passes, (rank + 1) * passes)   # of a batch; ours
+        window = min(model.cfg.window, self.plan.window or model.cfg.window)
+        model.cfg = dataclasses.replace(model.cfg, window=window)
         self.model, self.ema, self.fake = model, copy.deepcopy(model).requires_grad_(False), None
         self.nets = {"model": self.model, "ema": self.ema}
         if stage == "mutual" and args.dmd > 0:
@@ -1161,8 +1164,9 @@ def check(args, cfg: Config) -> None:
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
-        if dataclasses.replace(args.real.cfg, width=cfg.width, layers=cfg.layers, heads=cfg.heads) != cfg:
-            raise TrainingError(f"{args.teacher}: only width, layers and heads may differ from the model's")
+        own = {name: getattr(cfg, name) for name in ("width", "layers", "heads", "window")}
+        if dataclasses.replace(args.real.cfg, **own) != cfg:
+            raise TrainingError(f"{args.teacher}: only {', '.join(own)} may differ from the model's")
         args.real_whole = bool(extra.get("whole"))
 
 
@@ -1210,7 +1214,7 @@ def train_stages(args) -> None:
         model, args.precision = content["net"], args.precision or content["settings"].get("precision")
     else:
         model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(sizes_of(args))
-    if args.config and model.cfg != sizes_of(args):
+    if args.config and not content and model.cfg != sizes_of(args):
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
