@@ -509,7 +509,7 @@ class Plan(NamedTuple):
     ema: float = 0.999
     babble: float = 0.6    # share of clips without words: few steps have to learn most there
     picture: float = 1.0   # pace of its branch, times lr: in stage 3, at 1, faces moved more than the world's
-    window: int | None = None          # chunks of history from here on, if fewer: errors grow less in films
+    window: int = 99       # chunks of history from here on, at most: with fewer, errors grow less in films
 
     def clips(self, seconds: float) -> int:
         """Clips of this length in a step, among all processes: at about equal cost."""
@@ -597,8 +597,7 @@ class State:
         self.draw, self.films, self.index = drawer(args.clips, stage), None, list(STAGES).index(stage)
         (rank, ranks), passes = process(), args.accumulate
         self.parts, self.own = ranks * passes, range(rank * passes, (rank + 1) * passes)   # of a batch; ours
-        window = min(model.cfg.window, self.plan.window or model.cfg.window)
-        model.cfg = dataclasses.replace(model.cfg, window=window)
+        model.cfg = dataclasses.replace(model.cfg, window=min(model.cfg.window, self.plan.window))
         self.model, self.ema, self.fake = model, copy.deepcopy(model).requires_grad_(False), None
         self.nets = {"model": self.model, "ema": self.ema}
         if stage == "mutual" and args.dmd > 0:
