@@ -1213,7 +1213,7 @@ def train_stages(args) -> None:
         model, args.precision = content["net"], args.precision or content["settings"].get("precision")
     else:
         model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(sizes_of(args))
-    if args.config and not content and model.cfg != sizes_of(args):
+    if args.config and model.cfg != dataclasses.replace(sizes_of(args), window=model.cfg.window):
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
