@@ -403,6 +403,10 @@ class AudioVideoTransformer(nn.Module):
         self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds, gain=True)
         self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
 
+    def codecs(self) -> tuple[VideoCodec, AudioCodec]:
+        """What its latent steps were made by, on its device."""
+        return tuple(codec(self.cfg, self.no_first.device) for codec in (VideoCodec, AudioCodec))
+
     def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
         n = self.cfg.step_sounds
@@ -569,8 +573,7 @@ class KVCache:
         self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
 
     def attend(self, done: int, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """A chunk sees itself and all that is committed and not evicted. The first `done` of several are
-        committed, each before the next one looks (shapes: see Band)."""
+        """A chunk sees itself and all that is kept; the first `done` of several are then kept in turn."""
         (keys, values), seen = self.kv[:, layer], []
         chunks = sum(sizes := [part[0].shape[2] for part in qkv.values()]) // self.desk
         rows = (torch.cat([x.unflatten(2, (chunks, -1)) for x in parts], 3) for parts in zip(*qkv.values()))
@@ -680,19 +683,16 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         raise ValueError(f"mode must be few or multi, not {mode!r}")
     if frames < 1:
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
-    chunks, generator = math.ceil(frames / cfg.chunk_frames), torch.Generator().manual_seed(seed)
+    chunks, rest = math.ceil(frames / cfg.chunk_frames), frames * cfg.sample_rate // cfg.fps   # of sound
     controls = film_controls(cfg, chunks, transcript, character, first_frame).each(lambda x: x.to(device))
-    video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
-    last, tail, rest = None, None, frames * cfg.sample_rate // cfg.fps         # rest: samples to come
+    (video_codec, audio_codec), last, tail = model.codecs(), None, None
     for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
-                           guidance=guidance, window=window, generator=generator):
+                           guidance=guidance, window=window, generator=torch.Generator().manual_seed(seed)):
         video, audio = split(cfg, states[-1])
         samples, tail = audio_codec.decode_next(audio, tail)
         picture, last = video_codec.decode_next(video, last)
-        picture = picture[0, :frames].cpu().numpy()
-        frames -= len(picture)
-        samples = torch.cat([samples[0], tail[0, :0 if frames else None]])[:rest].cpu().numpy()
-        rest -= len(samples)
+        frames -= len(picture := picture[0, :frames].cpu().numpy())
+        rest -= len(samples := torch.cat([samples[0], tail[0, :0 if frames else None]])[:rest].cpu().numpy())
         yield picture, samples
 
 

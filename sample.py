@@ -18,6 +18,7 @@ from collections import deque
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import imageio.v3 as iio
@@ -29,9 +30,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from tqdm import tqdm
 
 import train
-from mutual_forcing import (ALPHABET, SILENCE, AudioCodec, AudioVideoTransformer, CheckpointError, Config,
-                            VideoCodec, denoise, film_controls, generate, load_checkpoint, spell, split,
-                            stream, time_grid)
+from mutual_forcing import (ALPHABET, SILENCE, AudioVideoTransformer, CheckpointError, Config, denoise,
+                            film_controls, generate, load_checkpoint, spell, split, stream, time_grid)
 
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
@@ -251,15 +251,15 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
     for start in range(0, len(films), batch):
         some = controls.each(lambda c: c[start:start + batch].to(model.no_first.device))
         generator = torch.Generator().manual_seed(seed + start)
-        frames, tokens, codec, last = [], [], VideoCodec(cfg, model.no_first.device), None
+        frames, tokens, last, (video_codec, audio_codec) = [], [], None, model.codecs()
         for states in generate(model, some, chunks, time_grid(cfg, steps), few=few, guidance=guidance,
                                window=window, generator=generator):
             video, audio = split(cfg, states[-1])
-            picture, last = codec.decode_next(video, last)
+            picture, last = video_codec.decode_next(video, last)
             frames.append(picture.cpu())
-            tokens.append(audio.cpu())
+            tokens.append(audio)
             bar.update()
-        made.append((torch.cat(frames, 1).numpy(), AudioCodec(cfg).decode(torch.cat(tokens, 1)).numpy()))
+        made.append((torch.cat(frames, 1).numpy(), audio_codec.decode(torch.cat(tokens, 1)).cpu().numpy()))
     frames, samples = map(np.concatenate, zip(*made))
     return to_films(films, cfg)._replace(frames=frames, samples=samples)
 
@@ -409,15 +409,6 @@ def for_sampling(model: AudioVideoTransformer, device, precision: str | None = N
     return model
 
 
-def cuda_graph(function, pool):
-    """Record what a function asks of the GPU -> a function that asks it again, and returns the same tensor;
-    and the pool of memory to pass on to the next graph."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = function()
-    return lambda: (graph.replay(), result)[1], graph.pool()
-
-
 class Traced:
     """A model for stream() and generate(), whose passes over a chunk are recorded by TorchScript when they
     first occur, and replayed, with no Python in between. On a CPU; all films of one batch, guidance and
@@ -462,11 +453,13 @@ class Traced:
 
 
 class Graphed:
-    """A model for stream() and generate(), whose passes over a chunk are recorded as CUDA graphs when they
-    first occur, and replayed. One film at a time; all of one batch, grid, mode, guidance and window."""
+    """A model for stream() and generate(), whose passes over a chunk, and its decoding, are recorded as CUDA
+    graphs when they first occur, and replayed. One film at a time; all of one batch, grid, mode, guidance and
+    window."""
 
     def __init__(self, model: AudioVideoTransformer):
         self.model, self.cache, self.pool, self.graphs, self.laid = model, None, None, {}, {}
+        self.coders = model.codecs()                       # whose tables the graphs read
 
     def __getattr__(self, name):
         return getattr(self.model, name)
@@ -485,8 +478,18 @@ class Graphed:
             kept = self.cache.kv.clone()
             function()                                     # to warm up; what it commits, it may commit once
             self.cache.kv.copy_(kept)
-            self.graphs[key], self.pool = cuda_graph(function, self.pool)
+            self.graphs[key], self.pool = train.cuda_graph(function, self.pool)
         return self.graphs[key]()
+
+    def codecs(self):
+        """As the model's, for decode_next() alone. Of a film's first chunk and of others, a graph each."""
+        def recorded(codec):
+            def decode_next(*inputs):
+                inputs = [x for x in inputs if x is not None]
+                inputs = self.lay(name := (type(codec), len(inputs)), inputs)
+                return tree_map(torch.clone, self.replay(name, lambda: codec.decode_next(*inputs)))
+            return SimpleNamespace(decode_next=decode_next)
+        return [recorded(codec) for codec in self.coders]
 
     def start(self, *inputs):
         """As the model's; but all films share one cache, which the graphs know."""
@@ -556,21 +559,26 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
     settings = {"batch": batch, "mode": mode, "steps": steps, "guidance": guidance, "cache": cache}
     film = functools.partial(films_of, **settings)
     with train.Products() as products:
-        for index, _ in zip(range(cfg.window + 3), film(model, cfg.window + 3)):
+        for index, states in zip(range(cfg.window + 3), film(model, cfg.window + 3)):
             if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
     graphs = graphs and (cache or device.type == "cpu")    # no graph without a cache
     makers = [recorded(model, film) if graphs else model for _ in range(2)]
+    codecs = makers[0].codecs()
+
+    def decode(states, last=(None, None)):                 # -> frames and samples; what the next call takes
+        return zip(*(codec.decode_next(*rest)
+                     for codec, *rest in zip(codecs, split(cfg, states[-1]), last)))
+
+    _, last = decode(states)                               # to warm up: a first chunk, and a second
+    decode(states, last)
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
-        video_codec, audio_codec = VideoCodec(cfg, device), AudioCodec(cfg, device)
-        chunks, times, last, tail = round(seconds / cfg.chunk_seconds), [train.clock(device)], None, None
+        chunks, times, last = round(seconds / cfg.chunk_seconds), [train.clock(device)], (None, None)
         more = min(chunks, 100)
         old, new = (film(maker, n) for maker, n in zip(makers, (chunks + more, more)))
         for _, states in zip(range(chunks), old):
             times.append(train.clock(device))
-            video, audio = split(cfg, states[-1])
-            frames, last = video_codec.decode_next(video, last)
-            samples, tail = audio_codec.decode_next(audio, tail)
+            (frames, samples), last = decode(states, last)
             times.append(train.clock(device))
             writer.add(frames[0].cpu().numpy(), samples[0].cpu().numpy())
             times.append(train.clock(device))

@@ -1338,14 +1338,14 @@ def test_graphs_make_the_same_films(monkeypatch):
             return result[0]
         return replay, pool
 
-    monkeypatch.setattr(sample, "cuda_graph", record)
+    monkeypatch.setattr(train, "cuda_graph", record)
     model = lively().eval()
     graphed = sample.Graphed(model)
     for seed, said in enumerate(["one film after the other", None, "and a third"]):   # in the same memory
         seconds = 2 if seed else (2 * TINY.window + 1) * TINY.chunk_seconds        # which records them all
         options = {"seconds": seconds, "transcript": said, "character": seed, "steps": 2, "guidance": 2.0}
         assert same_films(graphed, model, options)
-        assert len(recorded) == 2 + 2 * 2 * TINY.window    # script; first pass; 2, at each place in the ring
+        assert len(recorded) == 6 + 2 * 2 * TINY.window    # decoding, 4; script; first pass; 2, at each place
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
