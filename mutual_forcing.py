@@ -303,11 +303,15 @@ def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     return tuple(torch.polar(torch.ones_like(x), x).cfloat().to(device) for x in (time, place))
 
 
-def rotate(x: Tensor, gain: Tensor, phases: Tensor) -> Tensor:
-    """QK-norm of queries and keys (B, n, 2, H, P), gain (2, 1, P), then their turn by phases (n, P / 2)."""
-    x_n = F.normalize(x.float(), dim=-1) * (gain * x.shape[-1] ** 0.5)
-    pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * phases[:, None, None]).flatten(-2).to(x.dtype)
+def joint_qkv(parts, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What Side.project() made of each branch -> queries, keys and values of all tokens, chunk by chunk, each
+    (B, H, C, n, P); queries and keys with QK-norm, and turned. From here on the branches are one."""
+    x, gain, phases = (torch.cat([rows.unflatten(axis, (chunks, -1)) for rows in each], axis + 1)
+                       for axis, each in zip((1, 0, 0), zip(*parts)))  # x (B, C, n, 3, H, P)
+    x_n = F.normalize(x[:, :, :, :2].float(), dim=-1) * (gain * x.shape[-1] ** 0.5)
+    pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2))) * phases[:, :, None, None]
+    q, k = torch.view_as_real(pairs).flatten(-2).to(x).unbind(3)
+    return tuple(rows.permute(0, 3, 1, 2, 4) for rows in (q, k, x[:, :, :, 2]))
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -344,11 +348,9 @@ class Side(nn.Module):
         return (shared.unflatten(-1, (6, -1)) + self.offset[:, 0]).unbind(-2)
 
     def project(self, x: Tensor, change, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x (B, S, N, D) -> rotated queries, rotated keys and values, each (B, H, S N, P)."""
+        """Tokens x (B, S, N, D) -> their q, k and v (B, S N, 3, H, P), gains (S N, 2, 1, P) and phases."""
         x = self.qkv(normalise(x, *change[:2])).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
-        gain = torch.stack([self.q_gain, self.k_gain])[:, None]
-        q, k = rotate(x[:, :, :2], gain, phases).movedim(1, 3).unbind(1)
-        return q, k, x[:, :, 2].transpose(1, 2)
+        return x, torch.stack([self.q_gain, self.k_gain])[:, None].expand(len(phases), -1, -1, -1), phases
 
     def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
         """Tokens x (B, S, N, D), what they saw (B, S N, D), modulate()'s six -> tokens after this block."""
@@ -409,8 +411,7 @@ class AudioVideoTransformer(nn.Module):
 
     def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
-        n = self.cfg.step_sounds
-        ticks = steps[:, None] * n + torch.arange(n, device=steps.device)
+        ticks = torch.arange(n := self.cfg.step_sounds, device=steps.device) + n * steps[:, None]
         time, place = rotary_table(self.cfg, steps.device)
         time, place = time[ticks % self.cfg.clock_ticks], place.expand(len(steps), -1, -1)   # (S, .., pairs)
         audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
@@ -446,7 +447,7 @@ class AudioVideoTransformer(nn.Module):
         return Part(self.video, tokens, changes, torch.cat([0 * place, place], -1))
 
     def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
-        """All blocks. attend(layer, {name: (q, k, v)}) -> {name: seen} is what the two forms differ in."""
+        """All blocks. attend(layer, {name: project()'s}) -> {name: seen} is what the two forms differ in."""
         tokens = {n: part.tokens for n, part in parts.items()}
         for layer in range(self.cfg.layers):
             sides = {n: (part.branch.sides[layer], part.changes[layer]) for n, part in parts.items()}
@@ -541,10 +542,10 @@ class Band:
         return torch.cat([*columns, *rows.unbind(2)], 3)
 
     def __call__(self, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """Attend: {name: (q, k, v), each (B, H, tokens, P)} -> {name: what its tokens saw (B, tokens, D)}."""
-        q0, k0, v0 = qkv.get("first", (None, None, None))
-        rows = zip(*([x.unflatten(2, (self.kinds, self.chunks, -1)) for x in qkv[n]] for n in self.names))
-        q, k, v = (torch.cat(x, 4) for x in rows)                      # (B, H, kinds, C, rows, P)
+        """Attend: {name: what Side.project() made} -> {name: what its tokens saw (B, tokens, D)}."""
+        q0, k0, v0 = (x[:, :, 0] for x in joint_qkv([qkv["first"]], 1)) if "first" in qkv else 3 * [None]
+        rows = joint_qkv([qkv[n] for n in self.names], self.kinds * self.chunks)
+        q, k, v = (x.unflatten(2, (self.kinds, -1)) for x in rows)     # (B, H, kinds, C, rows, P)
         q = q.transpose(2, 3).flatten(3, 4)
         k, v = self.columns(k0, k, timeless), self.columns(v0, v, lambda x: x)
         seen = attention(q, k, v, self.mask).unflatten(2, (self.kinds, -1)).transpose(1, 2)
@@ -575,9 +576,9 @@ class KVCache:
     def attend(self, done: int, layer: int, qkv: dict) -> dict[str, Tensor]:
         """A chunk sees itself and all that is kept; the first `done` of several are then kept in turn."""
         (keys, values), seen = self.kv[:, layer], []
-        chunks = sum(sizes := [part[0].shape[2] for part in qkv.values()]) // self.desk
-        rows = (torch.cat([x.unflatten(2, (chunks, -1)) for x in parts], 3) for parts in zip(*qkv.values()))
-        for count, (q, k, v) in enumerate(zip(*(x.unbind(2) for x in rows)), self.count):
+        chunks = sum(sizes := [part[0].shape[1] for part in qkv.values()]) // self.desk
+        rows = zip(*(x.unbind(2) for x in joint_qkv(qkv.values(), chunks)))
+        for count, (q, k, v) in enumerate(rows, self.count):
             keys[:, :, :self.desk], values[:, :, :self.desk] = k, v
             end = self.sink.stop + min(count, self.window) * self.desk if count else self.first.stop
             seen.append(attention(q, keys[:, :, :end], values[:, :, :end]))
@@ -591,7 +592,7 @@ class KVCache:
 
     def attend_first(self, layer: int, qkv: dict) -> dict[str, Tensor]:
         """The first frame sees only itself, and stays."""
-        q, k, v = qkv["first"]
+        q, k, v = (x[:, :, 0] for x in joint_qkv(qkv.values(), 1))
         if layer == 0:
             self.k, self.v = self.kv = k.new_zeros(self.shape)         # on its device, in its precision
         self.k[layer, :, :, self.first], self.v[layer, :, :, self.first] = k, v
@@ -638,8 +639,7 @@ def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool
             pending.clear()
             x_hat, *null = model.step(z, changes(k, done), scripts, cache, done).chunk(copies)
             return torch.lerp(null[0], x_hat, guidance) if null else x_hat
-        states = [truth] * len(times) if index < given else denoise(predict, x, times)
-        yield states
+        yield (states := [truth] * len(times) if index < given else denoise(predict, x, times))
         error = 0 if clips is None or forced else (states[-1] - truth).mean(1, keepdim=True)
         pending.append((truth if forced else states[-1], script))
 

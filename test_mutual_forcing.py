@@ -785,8 +785,8 @@ for job in sys.argv[2].split():
 
 def test_processes_and_passes_make_the_same_run(tmp_path):
     """Six steps of every stage and objective in float64: alone, by two processes, in two passes whose films
-    are drawn ahead; begun alone and ended by two that share the weights too, and the reverse. And one of two
-    is killed."""
+    are drawn ahead; begun alone and ended by two that share the weights too, and the reverse. At last one of
+    two is killed."""
     script = tmp_path / "divided.py"
     script.write_text(DIVIDED)
     words = [*TRAIN, "--batch", "6", "--seconds", "0.75", "--steps", "6", "--save", "3", "--lr", "1e-2",
@@ -813,12 +813,11 @@ def test_processes_and_passes_make_the_same_run(tmp_path):
 
     with ThreadPoolExecutor() as pool:                     # all at once
         runs = [pool.submit(work, "one", " ".join(every)), pool.submit(in_shards),
-                pool.submit(work, "two", " ".join(every), start=spread),
-                pool.submit(work, "passes", "joint mutual", "--accumulate", "2", "--workers", "1"),
-                pool.submit(work, "dead", "video:die", start=spread)]
-    *_, said = [run.result() for run in runs]
-    assert f"go on with --resume --out {tmp_path / 'dead' / 'video'}" in said
-    assert mf.load_file(tmp_path / "dead" / "video" / "resume.pt")["step"] == 3
+                pool.submit(work, "two", " ".join([*every, "video-flow:die"]), start=spread),
+                pool.submit(work, "passes", "joint mutual", "--accumulate", "2", "--workers", "1")]
+    _, _, said, _ = [run.result() for run in runs]
+    assert f"go on with --resume --out {tmp_path / 'two' / 'video-flow'}" in said
+    assert mf.load_file(tmp_path / "two" / "video-flow" / "resume.pt")["step"] == 3
     for stage in every:
         one, two, other = made("one", stage), made("two", stage), made("two", stage, 1)
         assert all(torch.equal(two[name], other[name]) for name in two)
@@ -1439,8 +1438,8 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1305), ("sample.py", 785),
-                                          ("test_mutual_forcing.py", 1509)])
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1321), ("sample.py", 793),
+                                          ("test_mutual_forcing.py", 1508)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110
@@ -1487,7 +1486,7 @@ class PatchVAE(torch.nn.Module):
 
 def test_a_vae_takes_the_codecs_place_as_the_readme_says(tmp_path, monkeypatch):
     for module in (mf, train, sample):                     # to be restored
-        monkeypatch.setattr(module, "VideoCodec", module.VideoCodec)
+        monkeypatch.setattr(module, "VideoCodec", mf.VideoCodec, raising=False)
         monkeypatch.setattr(module, "Config", module.Config)
     code = re.search(r"```python\n(import copy.*?)```", (HERE / "README.md").read_text(), re.S)[1]
     exec(code, {"load_vae": PatchVAE})
