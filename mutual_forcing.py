@@ -63,7 +63,8 @@ class Config:
     late: float = 0.99           # progress where the picture's last quarter of few steps begins (t = 0.89)
 
     def __post_init__(self):
-        odd = [name for name, x in asdict(self).items() if name != "characters" and not 0 < x < 2 ** 20]
+        odd = [name for name, x in asdict(self).items() if type(x) is not type(getattr(Config, name))
+               or name != "characters" and not 0 < x < 2 ** 20]
         if odd or not 0.75 <= self.late < 1 <= self.motion or self.layers > 999 or self.clock_ticks >= 1e6:
             raise ValueError(f"{', '.join(odd) or 'motion, late, layers or clock'}: beyond all use")
         whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
@@ -304,8 +305,7 @@ def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def joint_qkv(parts, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What Side.project() made of each branch -> queries, keys and values of all tokens, chunk by chunk, each
-    (B, H, C, n, P); queries and keys with QK-norm, and turned. From here on the branches are one."""
+    """project()'s of each branch -> q, k (QK-norm, turned) and v of all, by chunk, each (B, H, C, n, P)."""
     x, gain, phases = (torch.cat([rows.unflatten(axis, (chunks, -1)) for rows in each], axis + 1)
                        for axis, each in zip((1, 0, 0), zip(*parts)))  # x (B, C, n, 3, H, P)
     x_n = F.normalize(x[:, :, :, :2].float(), dim=-1) * (gain * x.shape[-1] ** 0.5)

@@ -17,6 +17,7 @@ import warnings
 from collections import deque
 from contextlib import closing, suppress
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import imageio_ffmpeg
 import numpy as np
 import soundfile
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 from tqdm import tqdm
 
 import train
@@ -257,7 +258,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
             video, audio = split(cfg, states[-1])
             picture, last = video_codec.decode_next(video, last)
             frames.append(picture.cpu())
-            tokens.append(audio)
+            tokens.append(audio.clone())                   # of a view, the picture's would stay too
             bar.update()
         made.append((torch.cat(frames, 1).numpy(), audio_codec.decode(torch.cat(tokens, 1)).cpu().numpy()))
     frames, samples = map(np.concatenate, zip(*made))
@@ -269,14 +270,16 @@ def evaluate(args) -> dict:
     models = [(str(path), for_sampling(load_checkpoint(path)[0], args.device, args.precision or "fp32"))
               for path in args.evaluate]
     cfg = models[0][1].cfg
-    if any(model.cfg.image != cfg.image for _, model in models):
-        raise ValueError("--evaluate: checkpoints of one picture size at a time")
+    if not all(train.alike(model.cfg, cfg) for _, model in models):
+        raise ValueError(f"--evaluate: of checkpoints scored together only {', '.join(train.OWN)} may differ")
     ruler, draw = Ruler(cfg), train.talk
     if args.data:
         least, cache = train.frames_of(cfg, args.seconds), args.evaluate[0].parent / ".clips"
         draw = train.drawer(train.load_clips(args.data, cfg, least, cache), "joint")
     talkers, others = (held_out(cfg, args.talkers, args.seconds, kind, draw) for kind in (0, 1))
     truth, reference = to_films(talkers, cfg), to_films(others, cfg)
+    if not windows_of(truth.frames.shape[1] / cfg.fps):
+        raise ValueError(f"--seconds {args.seconds:g}: less than a window, in whole chunks of the checkpoint")
     asked = {"few": args.steps or 4, "multi": args.steps if args.steps and args.mode == "multi" else 50}
     settings = [(mode, steps) for mode, steps in asked.items() if args.mode in (None, mode)]
     rows = []
@@ -313,7 +316,7 @@ class FilmWriter:
     def __init__(self, out: Path, cfg: Config):
         self.out, self.cfg, self.kind = out, cfg, out.suffix.lower()
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
-        self.path, self.frames = Path(self.folder.name), 0
+        self.path, self.frames = Path(self.folder.name).resolve(), 0   # a relative a:b would be a URL
         self.stills = []                                   # frames: with their sound, if for the filmstrip
         self.sound = self.video = None
         if self.kind in (".mp4", ".wav"):
@@ -345,10 +348,10 @@ class FilmWriter:
             part.close()
         result = self.path / ("sound.wav" if self.kind == ".wav" else f"film{self.kind}")
         if self.kind == ".mp4":
-            mux = subprocess.run([
+            mux = subprocess.run([                         # of a group of its own, whom no Ctrl-C reaches
                 imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "level+verbose", "-i", self.path / "video.mp4",
                 "-i", self.path / "sound.wav", "-c:v", "copy", "-c:a", "aac", "-ar", "48000",
-                "-movflags", "+faststart", result], capture_output=True, text=True)
+                "-movflags", "+faststart", result], capture_output=True, text=True, process_group=0)
             if mux.returncode or f"(video): {self.frames} packets muxed" not in mux.stderr:
                 why = " ".join(line for line in mux.stderr.splitlines() if "[error]" in line)
                 raise OSError(f"ffmpeg could not write the whole film {why[-200:]}")
@@ -483,13 +486,14 @@ class Graphed:
 
     def codecs(self):
         """As the model's, for decode_next() alone. Of a film's first chunk and of others, a graph each."""
-        def recorded(codec):
+        def recorded(i, codec):
             def decode_next(*inputs):
                 inputs = [x for x in inputs if x is not None]
-                inputs = self.lay(name := (type(codec), len(inputs)), inputs)
-                return tree_map(torch.clone, self.replay(name, lambda: codec.decode_next(*inputs)))
+                inputs = self.lay(name := ("codec", i, len(inputs)), inputs)
+                made = self.replay(name, lambda: codec.decode_next(*inputs))
+                return tree_map_only(torch.Tensor, torch.clone, made)          # a codec may pass on None
             return SimpleNamespace(decode_next=decode_next)
-        return [recorded(codec) for codec in self.coders]
+        return [recorded(*each) for each in enumerate(self.coders)]
 
     def start(self, *inputs):
         """As the model's; but all films share one cache, which the graphs know."""
@@ -685,19 +689,21 @@ def make_film(args) -> tuple[dict, int]:
     loaded = time.perf_counter()
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
     writer, out, code, first, stop = FilmWriter(args.out, cfg), args.out, 0, None, []
+    frames_asked = round(settings["seconds"] * cfg.fps)
     before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))
     try:
-        bar = tqdm(total=round(settings["seconds"] * cfg.fps), unit="frame", disable=None)
+        bar = tqdm(total=frames_asked, unit="frame", disable=None)
         for frames, samples in stream(model, **settings):
             first = first or time.perf_counter() - loaded
             writer.add(frames, samples)
             bar.update(len(frames))
-            if stop:                                       # whole chunks only: a film cut short is playable
+            if stop and writer.frames < frames_asked:      # whole chunks only: a film cut short is playable
                 code = 130
                 break
         bar.close()
         if code and out.exists():
-            writer.out = out = out.with_stem(out.stem + "-interrupted")
+            names = (out.with_stem(f"{out.stem}-interrupted{i or ''}") for i in count())
+            writer.out = out = next(name for name in names if not name.exists())
         writer.finish(said)
     finally:
         signal.signal(signal.SIGINT, before)
@@ -738,8 +744,6 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises ValueError and the like."""
     train.check_device(args.device)
-    if args.device.startswith("cuda:"):                    # one of several: graphs are recorded there
-        torch.cuda.set_device(args.device)
     if args.graphs and args.evaluate:
         raise ValueError("--graphs: is not for --evaluate")
     if args.data and not args.evaluate:

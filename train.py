@@ -549,6 +549,8 @@ def check_device(name: str) -> None:
     """Raise TrainingError unless PyTorch can compute there."""
     try:
         torch.zeros(1, device=name).item()
+        if name.startswith("cuda:"):                       # one of several: graphs are recorded there
+            torch.cuda.set_device(name)
     except Exception:  # PyTorch has many for this
         raise TrainingError(f"--device {name}: PyTorch sees no such device here") from None
 
@@ -924,6 +926,7 @@ def benchmark(args, cfg: Config) -> dict:
 def time_stage(args, cfg: Config, stage: str, name: str) -> list[dict]:
     """Rows of the benchmark: a step, and of Mutual Forcing its parts."""
     rows, device = [], args.device
+    check_device(device)
     state = State(AudioVideoTransformer(cfg).to(device), stage, args)
 
     def add(what: str, function):
@@ -1152,6 +1155,14 @@ def sizes_of(args) -> Config:
     return cfg
 
 
+OWN = ("width", "layers", "heads", "window")               # sizes that a network's films do not show
+
+
+def alike(one: Config, other: Config) -> bool:
+    """Whether networks of these sizes make films of one kind, from the same controls."""
+    return dataclasses.replace(one, **{name: getattr(other, name) for name in OWN}) == other
+
+
 def check(args, cfg: Config) -> None:
     """Check the arguments against a model's sizes; settle the precision; load the teacher."""
     if args.shard and not dist.is_initialized():
@@ -1179,9 +1190,8 @@ def check(args, cfg: Config) -> None:
     args.clips, args.real, args.real_whole = None, None, False
     if args.teacher:
         args.real, extra = load_checkpoint(args.teacher)
-        own = {name: getattr(cfg, name) for name in ("width", "layers", "heads", "window")}
-        if dataclasses.replace(args.real.cfg, **own) != cfg:
-            raise TrainingError(f"{args.teacher}: only {', '.join(own)} may differ from the model's")
+        if not alike(args.real.cfg, cfg):
+            raise TrainingError(f"{args.teacher}: only {', '.join(OWN)} may differ from the model's")
         args.real_whole = bool(extra.get("whole"))
 
 
@@ -1229,7 +1239,9 @@ def train_stages(args) -> None:
         model, args.precision = content["net"], args.precision or content["settings"].get("precision")
     else:
         model = load_checkpoint(args.init)[0] if args.init else AudioVideoTransformer(sizes_of(args))
-    if args.config and model.cfg != dataclasses.replace(sizes_of(args), window=model.cfg.window):
+    narrowed = content or args.stage == "mutual" or "window=" not in " ".join(args.config)
+    asked = dataclasses.replace(sizes_of(args), **{"window": model.cfg.window} if narrowed else {})
+    if args.config and model.cfg != asked:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
