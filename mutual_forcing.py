@@ -305,11 +305,11 @@ def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def joint_qkv(parts, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """project()'s of each branch -> q, k (QK-norm, turned) and v of all, by chunk, each (B, H, C, n, P)."""
-    x, gain, phases = (torch.cat([rows.unflatten(axis, (chunks, -1)) for rows in each], axis + 1)
-                       for axis, each in zip((1, 0, 0), zip(*parts)))  # x (B, C, n, 3, H, P)
-    x_n = F.normalize(x[:, :, :, :2].float(), dim=-1) * (gain * x.shape[-1] ** 0.5)
-    pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2))) * phases[:, :, None, None]
+    """What Side.project() made of each branch -> queries, keys and values of all tokens, chunk by chunk, each
+    (B, H, C, n, P); queries and keys with QK-norm, then rotated. From here on the branches are one."""
+    x, gain, phases = (torch.cat([y.unflatten(1, (chunks, -1)) for y in each], 2) for each in zip(*parts))
+    x_n = F.normalize(x[:, :, :, :2].float(), dim=-1) * (gain[..., None, :] * x.shape[-1] ** 0.5)
+    pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2))) * phases[:, :, :, None, None]
     q, k = torch.view_as_real(pairs).flatten(-2).to(x).unbind(3)
     return tuple(rows.permute(0, 3, 1, 2, 4) for rows in (q, k, x[:, :, :, 2]))
 
@@ -348,9 +348,9 @@ class Side(nn.Module):
         return (shared.unflatten(-1, (6, -1)) + self.offset[:, 0]).unbind(-2)
 
     def project(self, x: Tensor, change, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x (B, S, N, D) -> their q, k and v (B, S N, 3, H, P), gains (S N, 2, 1, P) and phases."""
+        """Tokens x (B, S, N, D) -> q, k, v (B, S N, 3, H, P), gain (1, S N, 2, P) and phases (1, S N, ..)."""
         x = self.qkv(normalise(x, *change[:2])).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
-        return x, torch.stack([self.q_gain, self.k_gain])[:, None].expand(len(phases), -1, -1, -1), phases
+        return x, torch.stack([self.q_gain, self.k_gain]).expand(1, len(phases), -1, -1), phases[None]
 
     def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
         """Tokens x (B, S, N, D), what they saw (B, S N, D), modulate()'s six -> tokens after this block."""
@@ -574,7 +574,7 @@ class KVCache:
         self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
 
     def attend(self, done: int, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """A chunk sees itself and all that is kept; the first `done` of several are then kept in turn."""
+        """A chunk sees itself and all that is kept. The first `done` are, each before the next one looks."""
         (keys, values), seen = self.kv[:, layer], []
         chunks = sum(sizes := [part[0].shape[1] for part in qkv.values()]) // self.desk
         rows = zip(*(x.unbind(2) for x in joint_qkv(qkv.values(), chunks)))
@@ -683,7 +683,7 @@ def stream(model, *, seconds: float, transcript=None, character=None, first_fram
         raise ValueError(f"mode must be few or multi, not {mode!r}")
     if frames < 1:
         raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
-    chunks, rest = math.ceil(frames / cfg.chunk_frames), frames * cfg.sample_rate // cfg.fps   # of sound
+    chunks, rest = math.ceil(frames / cfg.chunk_frames), frames * cfg.sample_rate // cfg.fps   # samples
     controls = film_controls(cfg, chunks, transcript, character, first_frame).each(lambda x: x.to(device))
     (video_codec, audio_codec), last, tail = model.codecs(), None, None
     for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",

@@ -317,7 +317,7 @@ class FilmWriter:
         self.out, self.cfg, self.kind = out, cfg, out.suffix.lower()
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
         self.path, self.frames = Path(self.folder.name).resolve(), 0   # a relative a:b would be a URL
-        self.stills = []                                   # frames: with their sound, if for the filmstrip
+        self.stills = []                                   # frames: numbered, with sound, for the filmstrip
         self.sound = self.video = None
         if self.kind in (".mp4", ".wav"):
             self.sound = soundfile.SoundFile(self.path / "sound.wav", "w", cfg.sample_rate, 1, "PCM_16")
@@ -335,8 +335,8 @@ class FilmWriter:
         if self.sound:
             self.sound.write(np.clip(samples, -1, 1))
         if self.kind == ".png":
-            parts = np.array_split(samples, -(-len(frames) // STILL))
-            self.stills += zip(frames[::STILL], parts)
+            starts = range(self.frames - len(frames), self.frames, STILL)
+            self.stills += zip(starts, frames[::STILL], np.array_split(samples, len(starts)))
         elif self.kind == ".mp4":
             self.video.send(np.ascontiguousarray(frames))
         elif self.kind == ".gif":
@@ -376,13 +376,13 @@ def filmstrip(stills: list, cfg: Config, transcript: str) -> np.ndarray:
     rows, columns = [], min(12, len(stills))
     for start in range(0, len(stills), columns):
         row = np.full((cfg.image + 40, columns * cfg.image, 3), 255, np.uint8)
-        for i, (frame, samples) in enumerate(stills[start:start + columns]):
+        for i, (at, frame, samples) in enumerate(stills[start:start + columns]):
             left = i * cfg.image
             row[:cfg.image, left:left + cfg.image] = frame
             for x, part in enumerate(np.array_split(samples, cfg.image)):
                 high = int(np.clip(np.abs(part).max(initial=0) * 40, 0, 11))
                 row[cfg.image + 12 - high:cfg.image + 13 + high, left + x] = (40, 90, 160)
-            for j, letter in enumerate(transcript[(start + i) * STILL:(start + i + 1) * STILL]):
+            for j, letter in enumerate(transcript[at:at + STILL]):
                 bits = [[*map(int, f"{int(digit):03b}")] for digit in GLYPHS.get(letter, "00000")]     # 5 x 3
                 glyph = np.kron(np.uint8(bits), np.ones((2, 2), np.uint8))[..., None]
                 x = min(left + 2 + j * cfg.image // STILL, row.shape[1] - 6)
