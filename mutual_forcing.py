@@ -779,7 +779,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
         x_fake = fake(x_t, t, torch.zeros_like(t), controls, seen, chunk)
         gap = torch.stack([part.abs().mean(-1) for part in cut_branches(cfg, x_hat - x_real)], -1)
         gap = gap.unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)        # by chunk and branch
-        target = x_hat - (x_fake - x_real) / each_value(cfg, gap.clamp(min=0.2))       # by 5 at most
+        target = x_hat - (x_fake - x_real) / each_value(cfg, gap.clamp(min=0.2))       # our choice: 5 at most
     return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
 
 
@@ -787,7 +787,7 @@ def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of clips x (B, S, E), made through the streaming cache: all states of its
     sampler (see generate), and bool (S,), the latent steps that it made. history: "real" is teacher forcing;
-    "few" its own, after one real chunk, or, of four or more, at random two (of a lone chunk none is made)."""
+    "few" its own, after one real chunk, or, of four or more, two at random (our choice; a lone one stays)."""
     c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
     given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
     films = generate(model, controls, chunks, times, clips=x, given=given, forced=history == "real")

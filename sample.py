@@ -55,6 +55,8 @@ class Ruler:
     """Reads letters from sound and mouths from pixels, by fixed templates and boxes."""
 
     def __init__(self, cfg: Config):
+        if cfg.fps % 2 or cfg.hop <= 240:                  # half seconds, and 30 bands of eight lines
+            raise ValueError("the ruler needs an even fps, and more than 240 samples a hop")
         self.cfg = cfg
         rng, rows = np.random.default_rng(0), []
         someone = train.draw_identity(rng)._replace(tilt=0.5)
@@ -69,7 +71,7 @@ class Ruler:
         self.quiet = 0.3 * min(row.sum() for row in energy)            # less energy than this is silence
 
     def energies(self, samples: np.ndarray) -> np.ndarray:
-        """Samples (..., n hop) -> energy by 128 Hz around the borders of hops (..., n - 1, bands)."""
+        """Samples (..., n hop) -> energy by 8 lines (128 Hz) around borders of hops (..., n - 1, bands)."""
         hop = self.cfg.hop
         hops = samples.reshape(*samples.shape[:-1], -1, hop)
         frames = np.concatenate([hops[..., :-1, :], hops[..., 1:, :]], -1) * np.hanning(2 * hop)
@@ -536,7 +538,7 @@ def recorded(model: AudioVideoTransformer, film) -> Traced | Graphed:
 MULTI = {"mode": "multi", "steps": 50}
 BENCHMARK = ({}, {"steps": 8}, MULTI, {**MULTI, "guidance": 5.0}, {"batch": 8}, {"size": 96}, {"size": 128},
              {"cache": False}, {"batch": 8, "cache": False}, {"size": 128, "cache": False},
-             {"seconds": 60}, {"seconds": 600})
+             {"window": 4}, {"window": 4, "cache": False}, {"seconds": 60}, {"seconds": 600})
 ON_A_GPU = tuple({"batch": batch, "seconds": 2} for batch in (64, 512, 1024, 2048))
 
 
@@ -558,16 +560,17 @@ def films_of(model, chunks: int, *, batch, mode, steps, guidance, cache):
 def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10, cache=True,
                graphs=False) -> dict:
     """Stream films, decode all and write the first (then thrown away); returns a row of the benchmark.
-    As many chunks after its end, or 100, take turns with a new film's: the machine's moods touch both."""
+    As many chunks after its end, or 100, take turns with a new film's, which always has a cache: so the
+    machine's moods touch both."""
     cfg, device = model.cfg, model.no_first.device
     settings = {"batch": batch, "mode": mode, "steps": steps, "guidance": guidance, "cache": cache}
-    film = functools.partial(films_of, **settings)
+    film, new = (functools.partial(films_of, **settings | change) for change in ({}, {"cache": True}))
     with train.Products() as products:
         for index, states in zip(range(cfg.window + 3), film(model, cfg.window + 3)):
             if index == cfg.window + 1:                    # of a chunk after a full window, with one commit
                 products.shapes.clear()
     graphs = graphs and (cache or device.type == "cpu")    # no graph without a cache
-    makers = [recorded(model, film) if graphs else model for _ in range(2)]
+    makers = [recorded(model, some) if graphs else model for some in (film, new)]
     codecs = makers[0].codecs()
 
     def decode(states, last=(None, None)):                 # -> frames and samples; what the next call takes
@@ -579,7 +582,7 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
     with tempfile.TemporaryDirectory() as folder, closing(FilmWriter(Path(folder, "x.mp4"), cfg)) as writer:
         chunks, times, last = round(seconds / cfg.chunk_seconds), [train.clock(device)], (None, None)
         more = min(chunks, 100)
-        old, new = (film(maker, n) for maker, n in zip(makers, (chunks + more, more)))
+        old, new = film(makers[0], chunks + more), new(makers[1], more)
         for _, states in zip(range(chunks), old):
             times.append(train.clock(device))
             (frames, samples), last = decode(states, last)
@@ -592,7 +595,8 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
     whole, (model_ms, codec_ms, _) = turns[0] - times[0], 1000 * np.diff(times).reshape(-1, 3).T
     last, fresh = 1000 * np.median(np.diff(turns).reshape(-1, 2), 0)
     frames, middle, memory = batch * chunks * cfg.chunk_frames, np.median(model_ms), train.peak_memory(device)
-    return {"size": cfg.image, **settings, "seconds": seconds, "first_chunk_ms": 1000 * (times[2] - times[0]),
+    return {"size": cfg.image, "window": cfg.window, **settings, "seconds": seconds,
+            "first_chunk_ms": 1000 * (times[2] - times[0]),
             "chunk_ms_median": middle, "chunk_ms_p95": np.quantile(model_ms, 0.95), "chunk_ms_last": last,
             "chunk_ms_new": fresh, "fps_model": 1000 * frames / model_ms.sum(),
             "fps_codec": 1000 * frames / codec_ms.sum(), "fps_end_to_end": frames / whole,
@@ -605,7 +609,7 @@ def time_films(model, *, batch=1, mode="few", steps=4, guidance=1.0, seconds=10,
 def read_first_frame(path: Path, cfg: Config) -> np.ndarray:
     """A picture file -> uint8 (image, image, 3), cropped to a square and resized, which is said."""
     try:
-        picture = iio.imread(path, plugin="pillow", index=0, mode="RGB")
+        picture = iio.imread(path, plugin="pillow", index=0, mode="RGB", rotate=True)     # as its camera says
     except Exception as error:  # whatever the image readers raise on a damaged file
         raise ValueError(f"{path}: not a readable picture ({type(error).__name__})") from None
     h, w = picture.shape[:2]
@@ -666,21 +670,25 @@ def benchmark(args) -> dict:
 
 
 def benchmark_row(args, change: dict) -> dict:
-    """A row: the checkpoint at its own size, random weights at others."""
-    model = load_checkpoint(args.checkpoint)[0]
-    if change.get("size", model.cfg.image) != model.cfg.image:
-        model = AudioVideoTransformer(replace(model.cfg, image=change["size"]))
+    """A row: the checkpoint's weights, which know no window; random ones at other sizes than its own."""
+    model, change = load_checkpoint(args.checkpoint)[0], dict(change)
+    image, window = change.pop("size", model.cfg.image), change.pop("window", model.cfg.window)
+    if image != model.cfg.image:
+        model = AudioVideoTransformer(replace(model.cfg, image=image))
+    model.cfg = replace(model.cfg, window=window)
     if torch.device(args.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(args.device)
     model = for_sampling(model, args.device, args.precision)
-    return time_films(model, graphs=args.graphs, **{k: v for k, v in change.items() if k != "size"})
+    return time_films(model, graphs=args.graphs, **change)
 
 
 def make_film(args) -> tuple[dict, int]:
     """Stream one film into args.out; returns the figures and the exit code (130 if it was interrupted)."""
     began = time.perf_counter()
     check_out(args.out)
-    model, _ = load_checkpoint(args.checkpoint)
+    model, extra = load_checkpoint(args.checkpoint)
+    if extra.get("whole") or extra.get("stage") in ("video", "audio"):
+        raise CheckpointError(f"{args.checkpoint}: a teacher's, or of stage 1, which cannot stream a film")
     cfg = model.cfg
     settings = film_settings(args, cfg)
     model = for_sampling(model, args.device, args.precision)
@@ -690,7 +698,7 @@ def make_film(args) -> tuple[dict, int]:
     said = "".join(ALPHABET[i] for i in settings["transcript"] or ())
     writer, out, code, first, stop = FilmWriter(args.out, cfg), args.out, 0, None, []
     frames_asked = round(settings["seconds"] * cfg.fps)
-    before = signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+    before = {n: signal.signal(n, lambda *_: stop.append(1)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         bar = tqdm(total=frames_asked, unit="frame", disable=None)
         for frames, samples in stream(model, **settings):
@@ -706,7 +714,8 @@ def make_film(args) -> tuple[dict, int]:
             writer.out = out = next(name for name in names if not name.exists())
         writer.finish(said)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
         writer.close()
     spent = time.perf_counter() - loaded
     seconds = writer.frames / cfg.fps

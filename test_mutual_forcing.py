@@ -1179,6 +1179,8 @@ def test_the_ruler_knows_truth_from_shuffled_sound_and_sees_what_is_wrong():
     cfg = Config()
     films, reference = (sample.to_films(sample.held_out(cfg, 6, 6, kind), cfg) for kind in (0, 1))
     ruler, length = sample.Ruler(cfg), films.frames.shape[1]
+    with pytest.raises(ValueError, match="even fps"):
+        sample.Ruler(Config(fps=25))
 
     def score(**wrong):                                    # in their one window
         figures = sample.score(ruler, films._replace(**wrong), reference)
@@ -1243,14 +1245,16 @@ def test_sample_refuses_bad_input(small_checkpoint, tmp_path, capsys):
     picture, kept = tmp_path / "bad.png", tmp_path / "kept.mp4"
     picture.write_bytes(b"no picture")
     kept.write_bytes(b"old film")
+    teacher = tmp_path / "teacher.pt"
+    mf.save_checkpoint(teacher, mf.load_checkpoint(small_checkpoint)[0], {"whole": True})
     for wrong in (["--say", "123 !?"], ["--first-frame", picture], ["--first-frame", "missing.png"],
                   ["--steps", "0"], ["--seconds", "-1"], ["--seconds", "0"], ["--window", "99"],
                   ["--character", "nobody"], ["--out", tmp_path / "no" / "a.mp4"], ["--out", "film.avi"],
-                  ["--checkpoint", picture], ["--checkpoint", "missing.pt"],
+                  ["--checkpoint", picture], ["--checkpoint", "missing.pt"], ["--checkpoint", teacher],
                   ["--graphs", "--evaluate", small_checkpoint],
                   ["--evaluate", small_checkpoint, "--seconds", "inf"]):
         assert run_sampling(small_checkpoint, "--out", kept, *wrong) == 2 and len(complaints(capsys)) == 1
-    assert kept.read_bytes() == b"old film" and len(list(tmp_path.iterdir())) == 2
+    assert kept.read_bytes() == b"old film" and len(list(tmp_path.iterdir())) == 3
     if not torch.cuda.is_available():
         assert run_sampling(small_checkpoint, "--out", kept, "--device", "cuda") == 2
 
@@ -1282,7 +1286,7 @@ def test_interrupted_sampling_keeps_a_playable_film(kind, small_checkpoint, tmp_
 
     def cut(writer, frames, samples):
         if writer.frames == 8:
-            os.kill(os.getpid(), signal.SIGINT)            # while a chunk is being written
+            os.kill(os.getpid(), signal.SIGINT if kind == "mp4" else signal.SIGTERM)   # amid a chunk
         add(writer, frames, samples)
 
     monkeypatch.setattr(sample.FilmWriter, "add", cut)
@@ -1305,6 +1309,11 @@ def test_first_frame_of_odd_size_is_resized_and_said(tmp_path, capsys):
     imageio.v3.imwrite(tmp_path / "odd.png", odd)
     frame = sample.read_first_frame(tmp_path / "odd.png", Config())
     assert frame.shape == (64, 64, 3) and (frame == 200).all() and "37 x 100" in capsys.readouterr().err
+    half = np.repeat(np.uint8([250, 0]), 32)[:, None, None].repeat(64, 1).repeat(3, 2)         # bright above
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06" + bytes(6)
+    imageio.v3.imwrite(tmp_path / "turned.jpg", half, exif=exif)       # taken by a camera on its side
+    frame = sample.read_first_frame(tmp_path / "turned.jpg", Config())
+    assert frame[:, 40:].min() > 200 and frame[:, :24].max() < 50      # bright at the right
 
 
 def test_evaluate_scores_in_windows(small_checkpoint, tmp_path, capsys):
@@ -1380,7 +1389,7 @@ def test_traces_make_the_same_films(precision):
 
 
 def test_benchmarks_measure_and_say_on_what(small_checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "BENCHMARK", ({"seconds": 1}, {"seconds": 1, "cache": False},
+    monkeypatch.setattr(sample, "BENCHMARK", ({"seconds": 1}, {"seconds": 1, "cache": False, "window": 1},
                                               {"seconds": 1, "batch": 2, "steps": 2, "mode": "multi"}))
     monkeypatch.setattr(train, "fastest", lambda f, device, _, once=train.fastest: once(f, device, 1))
     ballast = np.ones(2 ** 27)                             # 1 GiB here is not in another's peak
@@ -1388,7 +1397,7 @@ def test_benchmarks_measure_and_say_on_what(small_checkpoint, monkeypatch, capsy
     monkeypatch.setattr(train, "apart", lambda function, *args: function(*args))
     assert run_sampling(small_checkpoint, "--benchmark", "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["machine"] and len(result["rows"]) == 3
+    assert result["machine"] and [row["window"] for row in result["rows"]] == [2, 1, 2]
     for row in result["rows"]:
         assert row["limit_share"] > 0 and row["chunk_ms_new"] > 0 and row["real_time_factor"] > 0
         assert row["chunk_ms_median"] <= row["chunk_ms_p95"] and row["fps_end_to_end"] < row["fps_model"]
@@ -1415,6 +1424,8 @@ def test_reproduce_keeps_what_is_done(small_checkpoint, tmp_path, monkeypatch, c
     shutil.rmtree(tmp_path / "one-0")                      # results and arms that are done need no files
     assert train.main(command) == 0 and capsys.readouterr().out == first
     assert not (tmp_path / "one-0").exists() and (tmp_path / "results.json").read_text() == whole
+    (tmp_path / "results.json").write_text(json.dumps(results | {"init": "another"}))
+    assert train.main(command) == 2 and "another --init" in complaints(capsys)[0]
     results["rows"] = [row for row in results["rows"] if row["arm"] != "one"]
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "one-0").mkdir()                           # as if interrupted there
@@ -1455,8 +1466,8 @@ def test_every_config_field_is_read():
         assert re.search(rf"\b(c|cfg)\.{field.name}\b", source), field.name
 
 
-@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1333), ("sample.py", 797),
-                                          ("test_mutual_forcing.py", 1526)])
+@pytest.mark.parametrize("name, budget", [("mutual_forcing.py", 900), ("train.py", 1336), ("sample.py", 806),
+                                          ("test_mutual_forcing.py", 1537)])
 def test_line_budget(name, budget):
     source = (HERE / name).read_text()
     assert source.count("\n") <= budget and max(map(len, source.splitlines())) <= 110

@@ -703,10 +703,11 @@ def train_step(state: State, args) -> dict[str, float]:
         with Share(part, state.parts), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             losses, logs = losses_of(state, x, controls, args)
         if anyone(not all(loss.isfinite() for loss in losses.values()), args.device):
-            raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}")
+            raise TrainingError(f"the loss of stage {state.stage} is not finite at step {state.step}; the "
+                                f"last good checkpoint, if one was saved, is {args.out / state.stage}.pt")
         logs |= backward(state, {term: loss / args.accumulate for term, loss in losses.items()})
     average_gradients([weight for net in state.nets.values() for weight in net.parameters()])
-    # Warm-up over 100 steps, and a linear descent to a twentieth: a high rate's noise is costly.
+    # Warm-up, descent to a twentieth (a high rate's noise is costly), each optimizer clips: our choices.
     rate = plan.lr * min(1, (state.step + 1) / min(100, plan.steps)) * (1 - 0.95 * state.step / plan.steps)
     for optimizer in sum(state.optimizers.values(), []):
         torch.nn.utils.clip_grad_norm_([w for group in optimizer.param_groups for w in group["params"]], 0.5)
@@ -993,13 +994,14 @@ def reproduce(args) -> dict:
     """Train and score the ARMS into folders of args.out; what its results.json holds is not made again."""
     jobs = [(name, 0, what) for name, (_, scores) in ARMS.items() for what in scores.split()]
     jobs += [(name, seed, "few-4") for seed in (1, 2) for name in THREE_SEEDS]
-    if not args.init:
-        raise TrainingError("--reproduce: needs --init, a checkpoint of the end of stage 2")
-    if process()[1] > 1:
-        raise TrainingError("--reproduce: is for one process")
+    if not args.init or process()[1] > 1:
+        raise TrainingError("--reproduce: needs --init, a checkpoint of the end of stage 2, and one process")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {"arms": {}, "rows": []}
+    begun = args.init.read_bytes()[-32:].hex()             # its checksum
+    if results.setdefault("init", begun) != begun:
+        raise TrainingError(f"{path}: the results of another --init")
     results["machine"], rows = machine(args.device), results["rows"]
     for name, seed, what in tqdm(jobs, desc="arms", disable=None):
         job = {"arm": name, "seed": seed, "asked": what}
@@ -1122,7 +1124,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--flow", type=weight, default=0.3, help="stage 3: weight of flow matching; default %(default)s")
     add("--shortcut", type=weight, default=2 / 3, help="stage 3: weight of ShortCut; default 2/3")
     add("--dmd", type=weight, default=1 / 3, help="stage 3: weight of DMD; default 1/3")
-    add("--guidance", type=weight, default=1.0, help="stage 3: guidance in the targets of the few-step mode")
+    add("--guidance", type=weight, default=1.0, help="stage 3: in the targets of the few-step mode; paper: 5")
     add("--teacher", type=Path, help="stage 3: a frozen checkpoint, DMD's real score")
     add("--whole", action="store_true", help="a chunk as long as the clip: trains a bidirectional teacher")
     add("--benchmark", action="store_true", help="measure speed instead, beside the machine's limit")
@@ -1245,8 +1247,8 @@ def train_stages(args) -> None:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
-    for half in args.out.rglob("*.unfinished") if process()[0] == 0 else ():   # of a run killed as it saved
-        half.unlink(missing_ok=True)
+    for folder in (args.out, args.out / ".clips") if process()[0] == 0 else ():
+        [half.unlink() for half in folder.glob("*.unfinished")]        # of a run killed as it saved
     stages = stages_of(args.stage)
     least = max(frames_of(model.cfg, seconds) for stage in stages for seconds in plan_of(args, stage).seconds)
     for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
@@ -1272,7 +1274,9 @@ def train_stages(args) -> None:
             state.restore(content)
         train_stage(state, args)
         model = load_checkpoint(args.out / f"{stage}.pt")[0]  # the next stage starts from the EMA weights
-    print(f"{args.out / stages[-1]}.pt is made; sample.py --checkpoint shows what it can do", file=sys.stderr)
+    films = stages[-1] in ("joint", "mutual") and not args.whole
+    hint = "; sample.py --checkpoint shows what it can do" if films else ""
+    print(f"{args.out / stages[-1]}.pt is made{hint}", file=sys.stderr)
 
 
 def join_processes(args) -> None:
@@ -1281,7 +1285,7 @@ def join_processes(args) -> None:
         return
     if args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(args.device)
+        check_device(args.device)
     dist.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=timedelta(hours=3))
     atexit.register(dist.destroy_process_group)            # or its threads may abort a process that ends
     if process()[0] > 0:
@@ -1312,12 +1316,11 @@ def main(argv=None) -> int:
         return hush()
     except KeyboardInterrupt:
         again = "the same command" if args.reproduce else resume
-        kept = args.reproduce or (args.out / "resume.pt").exists() and not args.benchmark
+        kept = args.reproduce or ("settings" in args or args.resume) and (args.out / "resume.pt").exists()
         print(f"interrupted; go on with {again}" if kept else "interrupted", file=sys.stderr)
         return 130
     except (TrainingError, CheckpointError) as error:
-        good = sorted(args.out.glob("[!r]*.pt"), key=lambda path: path.stat().st_mtime)   # not resume.pt
-        print(f"train.py: {error}" + (f"; last good checkpoint: {good[-1]}" if good else ""), file=sys.stderr)
+        print(f"train.py: {error}", file=sys.stderr)
     except OSError as error:
         print(f"train.py: {error.filename or args.out}: {error.strerror or error}", file=aloud)
     except (RuntimeError, MemoryError) as error:
