@@ -1247,8 +1247,9 @@ def train_stages(args) -> None:
         raise TrainingError("--config: the checkpoint has other sizes, and keeps them")
     check(args, model.cfg)
     args.out.mkdir(parents=True, exist_ok=True)
-    for folder in (args.out, args.out / ".clips") if process()[0] == 0 else ():
-        [half.unlink() for half in folder.glob("*.unfinished")]        # of a run killed as it saved
+    halves = (*args.out.glob("*.unfinished"), *args.out.glob(".clips/*.unfinished"))       # of a killed run
+    for half in halves if process()[0] == 0 else ():
+        half.unlink(missing_ok=True)
     stages = stages_of(args.stage)
     least = max(frames_of(model.cfg, seconds) for stage in stages for seconds in plan_of(args, stage).seconds)
     for rank in range(process()[1] if args.data else 0):               # one process after the other decodes
