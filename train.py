@@ -34,12 +34,6 @@ import imageio_ffmpeg
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_model_state_dict,
-                                                     set_optimizer_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -481,6 +475,8 @@ def average_gradients(weights: list[torch.Tensor]) -> None:
 
 def shard(net: AudioVideoTransformer, device: str) -> None:
     """Divide a network's weights among the processes (FSDP2); each block's are gathered while it works."""
+    from torch.distributed.device_mesh import init_device_mesh         # here: half a second that films save
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     warnings.filterwarnings("ignore", "FSDP2-wrapped")     # of views changed in place: none is here
     mesh = init_device_mesh(torch.device(device).type, (process()[1],))
     verbs = dict.fromkeys([*net.video.sides, *net.audio.sides], ("modulate", "project", "finish"))
@@ -577,7 +573,7 @@ class InFp32(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)       # of a state that may be divided
+WHOLE = {"full_state_dict": True, "cpu_offload": True}     # of a state that may be divided
 
 
 def branch_of(name: str) -> str:
@@ -632,21 +628,25 @@ class State:
 
     def content(self, args) -> dict:
         """As plain types and, in the first process, whole tensors: any number of them can go on from it."""
+        import torch.distributed.checkpoint.state_dict as states       # here, as in shard()
+        whole = states.StateDictOptions(**WHOLE)
         return {"format": FORMAT, "config": dataclasses.asdict(self.model.cfg), "settings": args.settings,
                 "stage": self.stage, "step": self.step,
-                "optimizers": {name: get_optimizer_state_dict(self.nets[name], optimizers, options=WHOLE)
-                               for name, optimizers in self.optimizers.items()},
-                **{name: get_model_state_dict(net, options=WHOLE) for name, net in self.nets.items()}}
+                "optimizers": {name: states.get_optimizer_state_dict(self.nets[name], some, options=whole)
+                               for name, some in self.optimizers.items()},
+                **{name: states.get_model_state_dict(net, options=whole) for name, net in self.nets.items()}}
 
     def restore(self, content: dict) -> None:
         """Inverse of content(). Raises CheckpointError for what is not."""
+        import torch.distributed.checkpoint.state_dict as states
         try:
             self.step = range(self.plan.steps + 1).index(content["step"])
             for name, net in self.nets.items():
-                set_model_state_dict(net, content[name], options=WHOLE)
+                states.set_model_state_dict(net, content[name], options=states.StateDictOptions(**WHOLE))
+            loose = states.StateDictOptions(**WHOLE, strict=False)     # one branch has none
             for name, optimizers in self.optimizers.items():
-                set_optimizer_state_dict(self.nets[name], optimizers, content["optimizers"][name], options=
-                                         dataclasses.replace(WHOLE, strict=False))     # one branch has none
+                states.set_optimizer_state_dict(self.nets[name], optimizers, content["optimizers"][name],
+                                                options=loose)
         except Exception:  # whatever foreign content may raise
             raise CheckpointError("resume.pt: does not fit this version, or this command") from None
 
@@ -686,7 +686,7 @@ def backward(state: State, losses: dict) -> dict[str, float]:
         for branch in BRANCHES:
             own = [weight.grad for name, weight in net.named_parameters() if branch_of(name) == branch]
             norm = torch.nn.utils.get_total_norm([x for x in own if x is not None])
-            norms[f"norm_{term}_{branch}"] = (norm.full_tensor() if type(norm) is DTensor else norm).item()
+            norms[f"norm_{term}_{branch}"] = getattr(norm, "full_tensor", lambda: norm)().item()
         for weight, other in zip(net.parameters(), others):
             if other is not None:
                 weight.grad = other if weight.grad is None else weight.grad + other
