@@ -687,7 +687,7 @@ def make_film(args) -> tuple[dict, int]:
     began = time.perf_counter()
     check_out(args.out)
     model, extra = load_checkpoint(args.checkpoint)
-    if extra.get("whole") or extra.get("stage") in ("video", "audio"):
+    if not train.streams(extra.get("stage"), extra.get("whole")):
         raise CheckpointError(f"{args.checkpoint}: a teacher's, or of stage 1, which cannot stream a film")
     cfg = model.cfg
     settings = film_settings(args, cfg)

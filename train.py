@@ -768,6 +768,11 @@ def train_stage(state: State, args) -> None:
         raise KeyboardInterrupt
 
 
+def streams(stage: str | None, whole: bool) -> bool:
+    """Whether a checkpoint makes films: not of stage 1, nor a bidirectional teacher's."""
+    return stage not in ("video", "audio") and not whole
+
+
 def save(state: State, args) -> None:
     """Write the EMA weights, all that --resume needs, and a filmstrip; the first process alone writes."""
     first = process()[0] == 0
@@ -778,7 +783,7 @@ def save(state: State, args) -> None:
         save_checkpoint(args.out / f"{state.stage}.pt", ema, {
             "stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole})
         save_file(args.out / "resume.pt", content)
-        if state.stage in ("joint", "mutual") and not args.whole and not args.shard:     # fits one device
+        if streams(state.stage, args.whole) and not args.shard:        # fits one device
             strip, seconds = args.out / f"{state.stage}.png", max(state.plan.seconds)
             write_strip(ema.to(args.device), state.draw, seconds, strip)
 
@@ -1275,8 +1280,7 @@ def train_stages(args) -> None:
             state.restore(content)
         train_stage(state, args)
         model = load_checkpoint(args.out / f"{stage}.pt")[0]  # the next stage starts from the EMA weights
-    films = stages[-1] in ("joint", "mutual") and not args.whole
-    hint = "; sample.py --checkpoint shows what it can do" if films else ""
+    hint = "; sample.py --checkpoint shows what it can do" if streams(stages[-1], args.whole) else ""
     print(f"{args.out / stages[-1]}.pt is made{hint}", file=sys.stderr)
 
 
