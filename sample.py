@@ -269,7 +269,7 @@ def remake(model, films: list[train.Film], *, few: bool, steps: int, guidance: f
 
 def evaluate(args) -> dict:
     """Score checkpoints in both modes, spoken and babbling, beside ground truth and shuffled sound."""
-    models = [(str(path), for_sampling(load_checkpoint(path)[0], args.device, args.precision or "fp32"))
+    models = [(str(path), for_sampling(load_talker(path), args.device, args.precision or "fp32"))
               for path in args.evaluate]
     cfg = models[0][1].cfg
     if not all(train.alike(model.cfg, cfg) for _, model in models):
@@ -399,6 +399,14 @@ GLYPHS = dict(zip(ALPHABET, (                              # five rows of three 
 
 
 # ---- Speed: weights packed on a CPU; whole passes recorded, and replayed without Python (--graphs). --------
+
+def load_talker(path: Path) -> AudioVideoTransformer:
+    """The model of a checkpoint that makes films. Raises CheckpointError for any other."""
+    model, extra = load_checkpoint(path)
+    if not train.streams(extra.get("stage"), extra.get("whole")):
+        raise CheckpointError(f"{path}: a teacher's, or of stage 1, which cannot stream a film")
+    return model
+
 
 def for_sampling(model: AudioVideoTransformer, device, precision: str | None = None) -> AudioVideoTransformer:
     """The model itself, on the device, its weights in fp32 or bf16 (by default the faster there), packed
@@ -671,7 +679,7 @@ def benchmark(args) -> dict:
 
 def benchmark_row(args, change: dict) -> dict:
     """A row: the checkpoint's weights, which know no window; random ones at other sizes than its own."""
-    model, change = load_checkpoint(args.checkpoint)[0], dict(change)
+    model, change = load_talker(args.checkpoint), dict(change)
     image, window = change.pop("size", model.cfg.image), change.pop("window", model.cfg.window)
     if image != model.cfg.image:
         model = AudioVideoTransformer(replace(model.cfg, image=image))
@@ -686,11 +694,8 @@ def make_film(args) -> tuple[dict, int]:
     """Stream one film into args.out; returns the figures and the exit code (130 if it was interrupted)."""
     began = time.perf_counter()
     check_out(args.out)
-    model, extra = load_checkpoint(args.checkpoint)
-    if not train.streams(extra.get("stage"), extra.get("whole")):
-        raise CheckpointError(f"{args.checkpoint}: a teacher's, or of stage 1, which cannot stream a film")
-    cfg = model.cfg
-    settings = film_settings(args, cfg)
+    model = load_talker(args.checkpoint)
+    settings = film_settings(args, cfg := model.cfg)
     model = for_sampling(model, args.device, args.precision)
     if args.graphs:
         model = recorded(model, lambda net, n: stream(net, **settings | {"seconds": n * cfg.chunk_seconds}))
@@ -750,13 +755,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+NOT_FOR = {"--benchmark": "evaluate data say character first_frame seconds mode steps window",
+           "--evaluate": "say character first_frame graphs", "a film": "data"}
+
+
 def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises ValueError and the like."""
     train.check_device(args.device)
-    if args.graphs and args.evaluate:
-        raise ValueError("--graphs: is not for --evaluate")
-    if args.data and not args.evaluate:
-        raise ValueError("--data: is for --evaluate")
+    task = "--benchmark" if args.benchmark else "--evaluate" if args.evaluate else "a film"
+    for name in NOT_FOR[task].split():
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')}: is not for {task}")
     if args.benchmark:
         result = benchmark(args)
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")
