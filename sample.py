@@ -36,6 +36,15 @@ from mutual_forcing import (ALPHABET, SILENCE, AudioVideoTransformer, Checkpoint
 
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
+
+def load_talker(path: Path) -> AudioVideoTransformer:
+    """The model of a checkpoint that makes films. Raises CheckpointError for any other."""
+    model, extra = load_checkpoint(path)
+    if not train.streams(extra.get("stage"), extra.get("whole")):
+        raise CheckpointError(f"{path}: a teacher's, or of stage 1, which cannot stream a film")
+    return model
+
+
 # ---- The ruler: what can be measured of a talker's film. It knows the world, not the model. ----------------
 
 WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds; drifts are from the first one (voice: 16 voiced frames)
@@ -400,14 +409,6 @@ GLYPHS = dict(zip(ALPHABET, (                              # five rows of three 
 
 # ---- Speed: weights packed on a CPU; whole passes recorded, and replayed without Python (--graphs). --------
 
-def load_talker(path: Path) -> AudioVideoTransformer:
-    """The model of a checkpoint that makes films. Raises CheckpointError for any other."""
-    model, extra = load_checkpoint(path)
-    if not train.streams(extra.get("stage"), extra.get("whole")):
-        raise CheckpointError(f"{path}: a teacher's, or of stage 1, which cannot stream a film")
-    return model
-
-
 def for_sampling(model: AudioVideoTransformer, device, precision: str | None = None) -> AudioVideoTransformer:
     """The model itself, on the device, its weights in fp32 or bf16 (by default the faster there), packed
     where that serves; it can no longer be trained or saved."""
@@ -763,9 +764,8 @@ def run(args) -> int:
     """Do what the command line asks for; returns the exit code. Raises ValueError and the like."""
     train.check_device(args.device)
     task = "--benchmark" if args.benchmark else "--evaluate" if args.evaluate else "a film"
-    for name in NOT_FOR[task].split():
-        if getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')}: is not for {task}")
+    if odd := [name for name in NOT_FOR[task].split() if getattr(args, name)]:
+        raise ValueError(f"--{odd[0].replace('_', '-')}: is not for {task}")
     if args.benchmark:
         result = benchmark(args)
         print(json.dumps(result) if args.json else f"{result['machine']}\n\n{train.markdown(result['rows'])}")
