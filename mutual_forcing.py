@@ -1,29 +1,53 @@
-"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a talking
-character, picture and sound together, in 4 or 8 network evaluations per chunk. Read it leaf to root.
+"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a
+talking character, picture and sound together, in 4 or 8 network evaluations per chunk.
+Read it from top to bottom: each part uses only what stands above it.
 
-The paper in five sentences. A transformer of an audio and a video branch, joined by one self-attention, makes
-a film chunk by chunk and keeps the chunks already made in a cache. One set of weights serves two modes: the
-*multi-step* mode predicts the instantaneous velocity of a flow from noise to data (many small steps), the
-*few-step* mode the average velocity over an interval (4 or 8 large steps). Stage 1 trains each branch alone,
-stage 2 couples them on real history. In each step of stage 3, Mutual Forcing, the few-step mode rolls out a
-history, and the multi-step mode learns the real chunk given that history. Then the multi-step mode, without
-gradient, teaches the few-step mode: ShortCut (a step lands where smaller ones do) and DMD (scores match).
+The paper in six sentences. A transformer with an audio and a video branch, joined by one
+self-attention, generates a film chunk by chunk and keeps what it generated in a KV cache. One set
+of weights serves two modes. The multi-step mode predicts the instantaneous velocity of a flow from
+noise to data, and takes about 50 small steps; the few-step mode predicts the average velocity over
+an interval, and takes 4 or 8 large steps. Stage 1 trains each branch alone, and stage 2 couples
+them on real history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and
+the multi-step mode learns the real chunk that follows it. Then the multi-step mode teaches the
+few-step mode, by ShortCut and DMD.
 
-Axes                                          Symbols
-  B  films in a batch    F  frames              x    clean latents          x_t  noised latents
-  S  latent steps (1/8 s each)                  t    0 = noise, 1 = data    d    step size (0: multi-step)
-  C  chunks (cfg.chunk latent steps; W: seen)    u    velocity (the data's: x - noise)
-  N  tokens of one branch in one latent step    x_hat  the network's output: where u leads to at t = 1
-  D  width    H  heads    P  values of a head    E  values of a latent step (video's, then audio's)
+The three stages in code (train.py adds batches, optimizers and the EMA copy of the model):
 
-x_t = (1 - t) noise + t x. The network predicts x_hat (data, if d = 0): u = (x_hat - x_t) / (1 - t), and a
-step is x_{t+d} = x_t + d u. Flow matching compares u, the other objectives x_hat.
+    # Stage 1: one branch alone; stage 2: both, on real history.
+    loss, logs = flow_matching_loss(model, x, x, controls, branches=("video",))
+    loss, logs = flow_matching_loss(model, x, x, controls)
+    # Stage 3. Its steps 1 to 4 are numbered in mutual_forcing_loss():
+    #   1. history = rollout(model, ...)                  the few-step mode generates; no gradient
+    #   2. flow_matching_loss(model, x, history)          the multi-step mode learns the real chunk
+    #   3. shortcut_loss(model, x, history, teacher=ema)  the few-step mode learns large steps
+    #   4. dmd_loss(model, its films, real=ema, fake=fake); flow_matching_loss(fake, its films)
+    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=ema, fake=fake)
+    # Self-Forcing, for comparison: DMD alone, toward a bidirectional teacher (stage 2 with
+    # history None and a chunk as long as the clip).
+    losses, logs = mutual_forcing_loss(..., real=teacher, weights={"dmd": 1}, score_chunk=S)
+
+Axes                                       Symbols
+  B  films in a batch                        x       clean latents
+  F  frames of the picture                   x_t     noised latents, (1 - t) noise + t x
+  S  latent frames (cfg.step_frames frames)  t       time: 0 is noise, 1 is data
+  N  tokens of one branch, one latent frame  d       step size; 0 selects the multi-step mode
+  D  width; H heads; P values of a head      v       velocity; of the data: x - noise
+  E  values of a latent frame (video's,      x_pred  the network's output: where v leads to at t = 1
+     then audio's)
+
+The network predicts x_pred, so v = (x_pred - x_t) / (1 - t), and a denoising step is
+x_{t+d} = x_t + d v. Flow matching compares velocities; ShortCut and DMD compare x_pred. A chunk is
+cfg.chunk latent frames. Times and step sizes are (B, S, 2): one for video and one for audio.
+Departures from the paper are marked "our choice"; docs/departures.md lists them.
 """
+
 import functools
 import hashlib
 import io
 import math
-from dataclasses import asdict, dataclass
+import pickle
+import unicodedata
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,286 +56,357 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
-ALPHABET, SILENCE = "abcdefghijklmnopqrstuvwxyz ", 26                 # the symbols of a transcript, 0 to 26
+ALPHABET = "abcdefghijklmnopqrstuvwxyz "  # the symbols of a transcript; the last one is silence
+
+
+class UserError(ValueError):
+    """A wrong argument or an unusable file. The message is one line, which the scripts print."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every size, our choice: for a laptop (the paper: 7B a branch). Raises ValueError if they do not fit."""
-    width: int = 192             # D, values of a token
-    layers: int = 6              # blocks, each with a video and an audio side
-    heads: int = 3               # H, heads of the joint self-attention
-    image: int = 64              # height and width of the picture in pixels
-    fps: int = 16                # frames per second
-    step_frames: int = 2         # frames of one latent step
-    patch: int = 16              # height and width of a video token in pixels
-    sample_rate: int = 8000      # samples per second
-    motion: float = 2.5          # gain on how a frame differs from the one before
-    seam: float = 4.0            # gain (from 1) on how two pixels differ across a border of patches
-    step_sounds: int = 4         # hops of sound in one latent step
-    bands: int = 2               # audio tokens of one hop: low and high half of its spectrum
-    compand: float = 0.35        # exponent that tames the peaks of the sound's spectrum
-    sound_scale: float = 6.4     # brings the companded spectrum to about unit variance
-    chunk: int = 4               # latent steps made at a time: half a second
-    window: int = 2              # W, chunks of history seen beside the sink (see Band): errors grow with W
-    symbols: int = 27            # letters of the transcript and silence; one more stands for "unknown"
-    margin: int = 4              # frames of transcript seen before and after a chunk
-    characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")   # one more: anyone
-    clock: int = 16              # seconds after which every rotary phase in time has come round
-    video_shift: float = 12.0    # of warp(): how far times are pushed toward noise; more for the picture, as
-    audio_shift: float = 4.0     # its codec enlarges mouths: at equal progress both have chosen a letter
-    late: float = 0.99           # progress where the picture's last quarter of few steps begins (t = 0.89)
+    """Every size of a model and of its latents. The values are our choice: they fit a laptop.
+
+    An int is taken for a float and a list for a tuple. Raises UserError with the name of the field
+    that is wrong, and why.
+    """
+
+    width: int = 192  # D, values of a token
+    layers: int = 6  # blocks; each has a video and an audio side
+    heads: int = 3  # H, heads of the joint self-attention
+    image: int = 64  # height and width of the picture in pixels
+    fps: int = 16  # frames per second
+    step_frames: int = 2  # frames of one latent frame
+    patch: int = 16  # height and width of a video token in pixels
+    sample_rate: int = 8000  # samples per second
+    motion: float = 2.5  # gain of the video codec on the change between two frames
+    seam: float = 4.0  # gain of the video codec on differences across a border of patches
+    step_sounds: int = 4  # hops of sound in one latent frame
+    bands: int = 2  # audio tokens of one hop: the low and the high half of its spectrum
+    compand: float = 0.35  # exponent of the audio codec, which reduces the peaks of a spectrum
+    sound_scale: float = 6.4  # gain of the audio codec, to about unit variance
+    video_channels: int = 0  # values of a video token of another codec; 0: of VideoCodec
+    audio_channels: int = 0  # values of an audio token of another codec; 0: of AudioCodec
+    chunk: int = 4  # latent frames generated at a time: half a second
+    window: int = 2  # chunks of history that a chunk sees, beside the first frame and the sink
+    symbols: int = 27  # symbols of a transcript; the last one is silence
+    margin: int = 4  # frames of transcript that a chunk sees before its start and after its end
+    characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")
+    clock: int = 16  # seconds after which the rotary phases of time repeat
+    video_shift: float = 12.0  # shift of warp() for video
+    audio_shift: float = 4.0  # shift of warp() for audio
+    late: float = 0.99  # progress at which the last quarter of video's 4 or 8 steps begins
 
     def __post_init__(self):
-        odd = [name for name, x in asdict(self).items() if type(x) is not type(getattr(Config, name))
-               or name != "characters" and not 0 < x < 2 ** 20]
-        if odd or not 0.75 <= self.late < 1 <= self.motion or self.layers > 999 or self.clock_ticks >= 1e6:
-            raise ValueError(f"{', '.join(odd) or 'motion, late, layers or clock'}: beyond all use")
-        whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
-        if self.image % self.patch or self.hop % self.bands or not whole:
-            raise ValueError("patches must tile the picture and audio tokens must tile a latent step")
-        if self.width % (8 * self.heads):
-            raise ValueError("width / heads must be a multiple of 8 (three axes share the rotary pairs)")
-        if 2 * (self.window + 1) * self.chunk * self.step_frames > self.clock * self.fps:
-            raise ValueError("the rotary clock must be at least twice as long as the window")
+        for field in fields(self):
+            self._check_type(field.name, type(field.default))
+        hop_is_whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
+        visible_frames = (self.window + 1) * self.chunk_frames
+        for wrong, why in (
+            (not 0.75 <= self.late < 1, "late must be between 0.75 and 1"),
+            (self.motion < 1, "motion must be at least 1"),
+            (self.layers > 999, "layers must be below 1000"),
+            (self.clock_ticks >= 1e6, "clock is too long"),
+            (self.image % self.patch, "patch must divide image"),
+            (not hop_is_whole, "step_sounds must divide the samples of a latent frame"),
+            (self.hop % self.bands, "bands must divide the samples of a hop"),
+            (self.width % (8 * self.heads), "width must be a multiple of 8 heads"),
+            (
+                2 * visible_frames > self.clock * self.fps,
+                "clock must be twice as long as the window",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"Config: {why}")
 
-    head_dim = property(lambda c: c.width // c.heads)
-    grid = property(lambda c: c.image // c.patch)                          # video tokens along one side
-    video_tokens = property(lambda c: c.grid ** 2)                         # N of the video branch
-    video_dim = property(lambda c: c.step_frames * c.patch ** 2 * 3)       # values of a video token
-    hop = property(lambda c: c.sample_rate * c.step_frames // (c.fps * c.step_sounds))   # samples
-    audio_tokens = property(lambda c: c.step_sounds * c.bands)             # N of the audio branch
-    audio_dim = property(lambda c: c.hop // c.bands)                       # values of an audio token
-    video_values = property(lambda c: c.video_tokens * c.video_dim)        # of a latent step
-    audio_values = property(lambda c: c.audio_tokens * c.audio_dim)        # of a latent step
-    step_values = property(lambda c: c.video_values + c.audio_values)      # E
-    shifts = property(lambda c: torch.tensor([c.video_shift, c.audio_shift]))      # of warp()
-    clock_ticks = property(lambda c: c.clock * c.fps * c.step_sounds // c.step_frames)
-    chunk_frames = property(lambda c: c.chunk * c.step_frames)
-    chunk_seconds = property(lambda c: c.chunk_frames / c.fps)
+    def _check_type(self, name: str, kind: type):
+        value = getattr(self, name)
+        if kind is float and type(value) is int:
+            object.__setattr__(self, name, float(value))
+        elif kind is tuple and type(value) is list:
+            object.__setattr__(self, name, tuple(value))
+        elif type(value) is not kind:
+            raise UserError(f"Config.{name} must be {kind.__name__}, not {type(value).__name__}")
+        least = 0 if name.endswith("_channels") else 1e-9
+        if kind is not tuple and not least <= value < 2**20:
+            raise UserError(f"Config.{name} = {value} is out of range")
 
+    @property
+    def head_dim(self) -> int:  # P
+        return self.width // self.heads
 
-# ---- Codecs: fixed, exact, streamable. A fork puts pretrained VAEs here, as the paper has. -----------------
+    @property
+    def grid(self) -> int:  # video tokens along one side of the picture
+        return self.image // self.patch
 
-class VideoCodec:
-    """Frames to patch tokens and back, exactly (our choice; the paper has a video VAE). How frames change and
-    how patches differ at their border is little, but there the eye sees errors, as flicker and seams: tokens
-    hold both enlarged, and decoding shrinks errors in them (not what lasts, as a wrong colour does)."""
+    @property
+    def video_tokens(self) -> int:  # N of the video branch
+        return self.grid**2
 
-    def __init__(self, cfg: Config, device="cpu"):
-        self.cfg, self.lap = cfg, torch.eye(cfg.image)     # prefilter of a lapped transform, of one axis
-        for border in range(cfg.patch, cfg.image, cfg.patch):
-            for k in range(cfg.patch // 2):                # mirrored pixels differ seam / (k + 1) times
-                pair, more = torch.tensor([border + k, border - k - 1]), max(0, cfg.seam / (k + 1) - 1) / 2
-                self.lap[pair] += more * (self.lap[pair] - self.lap[pair.flip(0)])
-        self.lap, self.unlap = self.lap.to(device), self.lap.inverse().to(device)
+    @property
+    def video_dim(self) -> int:  # values of a video token
+        return self.video_channels or self.step_frames * self.patch**2 * 3
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """A whole film, uint8 (B, F, image, image, 3), F in whole latent steps -> (B, S, N, video_dim)."""
-        cfg, b, lap = self.cfg, len(frames), self.lap
-        x = torch.einsum("yh,bfhwc,xw->bfyxc", lap, frames / 127.5 - 1, lap)
-        x = x + (cfg.motion - 1) * x.diff(dim=1, prepend=x[:, :1])
-        x = x.reshape(b, -1, cfg.step_frames, cfg.grid, cfg.patch, cfg.grid, cfg.patch, 3)
-        return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4).flatten(2, 3)
+    @property
+    def hop(self) -> int:  # samples between two spectra
+        return self.sample_rate * self.step_frames // (self.fps * self.step_sounds)
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Inverse of encode, clipped: a whole film (B, S, N, video_dim) -> uint8 (B, F, image, image, 3)."""
-        return self.decode_next(x)[0]
+    @property
+    def audio_tokens(self) -> int:  # N of the audio branch
+        return self.step_sounds * self.bands
 
-    def decode_next(self, x: Tensor, last: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, S, N, video_dim) -> uint8 frames, and the last, unrounded, for the next call (None: start)."""
-        cfg, b, frames, lap = self.cfg, len(x), [], self.unlap
-        x = x.to(lap).reshape(b, -1, cfg.grid, cfg.grid, cfg.step_frames, cfg.patch, cfg.patch, 3)
-        x = x.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, -1, cfg.image, cfg.image, 3)
-        for frame in torch.einsum("yh,bfhwc,xw->bfyxc", lap, x, lap).unbind(1):
-            frames.append(last := frame if last is None else last.lerp(frame, 1 / cfg.motion))
-        return ((torch.stack(frames, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8), last
+    @property
+    def audio_dim(self) -> int:  # values of an audio token
+        return self.audio_channels or self.hop // self.bands
 
+    @property
+    def video_values(self) -> int:  # of a latent frame
+        return self.video_tokens * self.video_dim
 
-class AudioCodec:
-    """Samples to MDCT spectra, companded, sign(c) |c|^p, or peaks own the loss (our choice; paper: a VAE).
-    Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; neighbours' aliases cancel."""
+    @property
+    def audio_values(self) -> int:  # of a latent frame
+        return self.audio_tokens * self.audio_dim
 
-    def __init__(self, cfg: Config, device="cpu"):
-        self.cfg, m = cfg, cfg.hop
-        n, k = torch.arange(2 * m, dtype=torch.float64)[:, None], torch.arange(m, dtype=torch.float64)
-        window = torch.sin(math.pi / (2 * m) * (n + 0.5))
-        basis = window * math.sqrt(2 / m) * torch.cos(math.pi / m * (n + 0.5 + m / 2) * (k + 0.5))
-        self.basis = basis.float().to(device)                          # (2 hop, hop)
+    @property
+    def latent_values(self) -> int:  # E
+        return self.video_values + self.audio_values
 
-    def encode(self, samples: Tensor) -> Tensor:
-        """A whole film (B, n) in [-1, 1], n in whole latent steps -> (B, S, N, audio_dim)."""
-        cfg, hops = self.cfg, F.pad(samples, (self.cfg.hop, 0)).unflatten(1, (-1, self.cfg.hop))
-        c = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis    # the spectrum
-        c = c.sign() * c.abs() ** cfg.compand * cfg.sound_scale        # about unit variance, few peaks
-        return c.reshape(len(samples), -1, cfg.audio_tokens, cfg.audio_dim)
+    @property
+    def shifts(self) -> Tensor:  # of warp(), (2,)
+        return torch.tensor([self.video_shift, self.audio_shift], dtype=torch.float32)
 
-    def decode(self, x: Tensor) -> Tensor:
-        """Inverse of encode: a whole film (B, S, N, audio_dim) -> (B, n), whose last hop fades."""
-        return torch.cat(self.decode_next(x), 1)
+    @property
+    def clock_ticks(self) -> int:  # period of the rotary phases, in hops
+        return self.clock * self.fps * self.step_sounds // self.step_frames
 
-    def decode_next(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(B, S, N, audio_dim) -> samples (B, n), at first a hop short; and (B, hop) for the next to take."""
-        m = self.cfg.hop
-        c = x.sign() * (x.abs() / self.cfg.sound_scale) ** (1 / self.cfg.compand)
-        halves = c.reshape(len(x), -1, m) @ self.basis.T               # (B, hops, 2 hop)
-        samples = halves[:, :-1, m:] + halves[:, 1:, :m]
-        if tail is not None:
-            samples = torch.cat([(tail + halves[:, 0, :m])[:, None], samples], 1)
-        return samples.flatten(1), halves[:, -1, m:].clone()
+    @property
+    def chunk_frames(self) -> int:
+        return self.chunk * self.step_frames
 
+    @property
+    def chunk_seconds(self) -> float:
+        return self.chunk_frames / self.fps
 
-def cut_branches(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent steps (B, S, E) -> the values of video (B, S, N video_dim) and of audio (B, S, N audio_dim)."""
-    return z.split([cfg.video_values, cfg.audio_values], -1)
+    @property
+    def silence(self) -> int:  # the symbol of a pause
+        return self.symbols - 1
+
+    @property
+    def unknown(self) -> int:  # the symbol of a frame whose transcript is not given
+        return self.symbols
 
 
-def split(cfg: Config, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Latent steps (B, S, E) -> video tokens (B, S, N, video_dim) and audio tokens (B, S, N, audio_dim)."""
-    video, audio = cut_branches(cfg, z)
+class Codecs(NamedTuple):
+    """The two codecs of a model (data/codecs.py; the paper: two VAEs), both on the model's device.
+
+    Each has encode(film) -> latents, decode(latents) -> film, and decode_next(latents, state) ->
+    (part of the film, state), which decodes a film chunk by chunk; state is None for the first
+    chunk. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim); any state.
+    audio: float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m)
+    still due (m may be 0), which end the film.
+    """
+
+    video: object
+    audio: object
+
+
+class Controls(NamedTuple):
+    """What steers a film. Each control has a value that means "not given"; see dropped()."""
+
+    symbols: Tensor  # (B, margin + F + margin) long, a symbol per frame; cfg.unknown: not given
+    character: Tensor  # (B,) long, index into cfg.characters; their number: not given
+    first_frame: Tensor  # (B, 1, N, video_dim), a picture as one latent frame
+    has_first_frame: Tensor  # (B,) bool
+
+    def map(self, function) -> "Controls":
+        """Apply a function of one tensor to each of them."""
+        return Controls(*[function(tensor) for tensor in self])
+
+    def chunk(self, cfg: Config, index: int) -> "Controls":
+        """The controls that chunk `index` sees: the transcript of its frames and the margins."""
+        start = index * cfg.chunk_frames
+        stop = start + cfg.chunk_frames + 2 * cfg.margin
+        return self._replace(symbols=self.symbols[:, start:stop])
+
+    def dropped(self, cfg: Config) -> "Controls":
+        """The same films with nothing given: the null controls of guidance."""
+        return self._replace(
+            symbols=torch.full_like(self.symbols, cfg.unknown),
+            character=torch.full_like(self.character, len(cfg.characters)),
+            has_first_frame=torch.zeros_like(self.has_first_frame),
+        )
+
+
+def split(cfg: Config, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents (B, S, E) -> tokens of video (B, S, N, video_dim), of audio (B, S, N, audio_dim)."""
+    video, audio = latents.split([cfg.video_values, cfg.audio_values], -1)
     return video.unflatten(-1, (-1, cfg.video_dim)), audio.unflatten(-1, (-1, cfg.audio_dim))
 
 
 def join(video: Tensor, audio: Tensor) -> Tensor:
-    """Inverse of split: a chunk is the same whole number of latent steps in both modalities."""
+    """Inverse of split()."""
     return torch.cat([video.flatten(2), audio.flatten(2)], -1)
 
 
-# ---- Noise schedules: one warp of even progress (here u) to time, for the training density and all grids. --
+# ---- Noise schedules -----------------------------------------------------------------------------
+# One warp maps even progress u in 0..1 to time t, for the times of training and for all sampling
+# grids.
 
-MIN_REST = 0.2    # the one clamp on 1 - t: near data the weight of an error in x_hat stops growing at 25
 
+def warp(u, shift):
+    """Progress u in 0..1 -> time t in 0..1, moved toward noise by a shift above 1.
 
-def warp(u, shift=Config.audio_shift):
-    """Even progress u in 0..1 (number or tensor) -> time t in 0..1, pushed toward noise (our choice): tokens
-    are redundant, a pixel patch gives itself away at t = 0.25, and all that is global is decided before."""
+    Our choice: tokens are redundant, so most of a picture is visible early, at t = 0.25.
+    """
     return u / (u + shift * (1 - u))
 
 
-def progress(cfg: Config, steps: int) -> Tensor:
-    """A sampler's grid as u of warp() (steps + 1, 2). Those of 4 and 8 nest; the picture's last quarter (our
-    choice) begins late, or draws anew what stands still. More steps go evenly: late, training is too rare."""
-    u, late = torch.linspace(0, 1, steps + 1), cfg.late if steps <= 8 else 0.75
-    return torch.stack([torch.minimum(u * late / 0.75, 1 - (1 - u) * (1 - late) / 0.25), u], -1)
-
-
-def each_value(cfg: Config, x: Tensor) -> Tensor:
-    """A number for video and one for audio (..., 2) -> repeated for each value of a latent step (..., E)."""
-    return torch.where(torch.arange(cfg.step_values, device=x.device) < cfg.video_values, *x.split(1, -1))
-
-
 def time_grid(cfg: Config, steps: int) -> Tensor:
-    """Times from 0 to 1 of a sampler of either mode, (steps + 1, 1, 1, E). ValueError below 1 step."""
+    """Times from 0 to 1 of a sampler with so many steps, for video and audio: (steps + 1, 1, 1, 2).
+
+    The times of 4 steps are every other time of 8. Raises UserError below 1 step.
+    """
     if steps < 1:
-        raise ValueError(f"a sampler needs at least 1 step, not {steps}")
-    return each_value(cfg, warp(progress(cfg, steps), cfg.shifts))[:, None, None]
+        raise UserError(f"steps must be at least 1, not {steps}")
+    return warp(progress(cfg, steps), cfg.shifts)[:, None, None]
+
+
+def progress(cfg: Config, steps: int) -> Tensor:
+    """The grid before the warp (steps + 1, 2): even, but for the end of video's 4 or 8 steps.
+
+    Our choice: their last quarter begins late (cfg.late), because its coarse steps make static
+    regions flicker. Grids of more steps stay even: training hardly ever draws such late times.
+    """
+    u = torch.linspace(0, 1, steps + 1, dtype=torch.float32)
+    late = cfg.late if steps <= 8 else 0.75
+    video = torch.minimum(u * late / 0.75, 1 - (1 - u) * (1 - late) / 0.25)
+    return torch.stack([video, u], -1)
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
-    """Times of each value of x (B, S, E), one a chunk and branch: logit-normal, and warped like the grids. In
-    half of the chunks both have the same u; in the others either learns to follow the other (our choice)."""
+    """Times to train clips x (B, S, E) at, one for each chunk and branch: (B, S, 2).
+
+    Progress is logit-normal, then warped like the sampling grids. Our choice: in half of the chunks
+    both branches have the same progress, and in the others each learns to follow the other.
+    """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
-    u[..., 1] = torch.where(torch.rand(u.shape[:2]) < 0.5, *u.unbind(-1))
-    return each_value(cfg, warp(u, cfg.shifts).repeat_interleave(chunk, 1).to(x))
+    same = torch.rand(u.shape[:2]) < 0.5
+    u[..., 1] = torch.where(same, u[..., 0], u[..., 1])
+    return warp(u, cfg.shifts).repeat_interleave(chunk, 1).to(x)
 
 
-def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) noise + t x, for x, noise (B, S, E) and t (B, S, E or 1)."""
-    return torch.lerp(noise, x, t)
+def each_value(cfg: Config, pair: Tensor) -> Tensor:
+    """A number for video and one for audio (..., 2) -> the number of each value (..., E)."""
+    is_video = torch.arange(cfg.latent_values, device=pair.device) < cfg.video_values
+    return torch.where(is_video, pair[..., :1], pair[..., 1:])
 
 
-def velocity(x_hat: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """u = (x_hat - x_t) / (1 - t), as flow matching weighs it: clamped (a sampler's steps are not)."""
-    return (x_hat - x_t) / (1 - t).clamp(min=MIN_REST)
+def add_noise(cfg: Config, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) noise + t x, for x and noise (B, S, E) and t (B or 1, S or 1, 2)."""
+    return torch.lerp(noise, x, each_value(cfg, t))
 
 
-# ---- The transformer: two branches, one joint self-attention. ----------------------------------------------
+def velocity(cfg: Config, x_pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """v = (x_pred - x_t) / (1 - t), as flow matching weighs it.
 
-class Controls(NamedTuple):
-    """What steers a film. A dropped control has its "unknown" value; all dropped is the null of guidance."""
-    symbols: Tensor       # (B, margin + F + margin) long, a symbol per frame; cfg.symbols = unknown
-    character: Tensor     # (B,) long, index into cfg.characters; their number = anyone
-    first: Tensor         # (B, 1, N, video_dim), the first frame as a latent step
-    has_first: Tensor     # (B,) bool
+    Our choice: 1 - t is at least 0.2 here, so that the weight of an error of x_pred stays below 25.
+    """
+    return (x_pred - x_t) / each_value(cfg, (1 - t).clamp(min=0.2))
 
-    def each(self, change) -> "Controls":
-        """A function of one tensor, applied to all of them."""
-        return Controls(*map(change, self))
 
-    def chunk(self, cfg: Config, index: int) -> "Controls":
-        """The controls as chunk number index sees them: its own frames of transcript and the margins."""
-        start = index * cfg.chunk_frames
-        return self._replace(symbols=self.symbols[:, start:start + cfg.chunk_frames + 2 * cfg.margin])
-
-    def dropped(self, cfg: Config) -> "Controls":
-        """The null controls."""
-        return self._replace(symbols=torch.full_like(self.symbols, cfg.symbols),
-                             character=torch.full_like(self.character, len(cfg.characters)),
-                             has_first=torch.zeros_like(self.has_first))
+# ---- The transformer: two branches, one joint self-attention (section 3.1) -----------------------
 
 
 def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
     """Numbers in 0..1 (...,) -> cosines and sines of dim / 2 frequencies (..., dim)."""
-    angles = 1000 * x[..., None] * 10000 ** (torch.arange(dim // 2, device=x.device) * -2 / dim)
+    index = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
+    frequencies = 10000 ** (index * -2 / dim)
+    angles = 1000 * x[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-class StepEmbedding(nn.Module):
-    """Time t, step size d and the character -> the vector that modulates a latent step's tokens. d enters as
-    f(d) - f(0), with a last layer that starts at zero: few-step mode starts as plain Euler (our choice)."""
+def uniform_embedding(count: int, width: int) -> nn.Embedding:
+    """An embedding whose rows start uniform in +-1.7 (unit variance)."""
+    return nn.Embedding.from_pretrained(torch.empty(count, width).uniform_(-1.7, 1.7), freeze=False)
 
-    def __init__(self, width: int, count: int):
+
+class StepEmbedding(nn.Module):
+    """Time t, step size d and the character -> the vector that modulates a latent frame's tokens.
+
+    Our choice: d enters as f(d) - f(0), and the last layer of f starts at zero. So d = 0 never
+    changes, and before stage 3 the few-step mode is the multi-step mode.
+    """
+
+    def __init__(self, width: int, characters: int):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.size = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False))
-        self.character = nn.Embedding.from_pretrained(torch.empty(count, width).uniform_(-1.7, 1.7), False)
+        self.size = nn.Sequential(
+            nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False)
+        )
+        self.character = uniform_embedding(characters, width)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S) and character (B,) -> (B, S, D)."""
-        t, d, zero = (sinusoid(x).to(self.character.weight) for x in (t, d, torch.zeros_like(d)))
-        change = self.size[2](self.size[:2](d) - self.size[:2](zero))  # of equal shapes: they round alike
+        like = self.character.weight
+        t, d, zero = (
+            sinusoid(t).to(like),
+            sinusoid(d).to(like),
+            sinusoid(torch.zeros_like(d)).to(like),
+        )
+        change = self.size[2](self.size[:2](d) - self.size[:2](zero))
         return F.silu(self.time(t) + change + self.character(character)[:, None])
 
 
 class TextEmbedding(nn.Module):
-    """The timed transcript, added to the tokens of its instant (our choice; the paper uses cross-attention).
-    A frame sees the symbols of cfg.margin frames before and after it: mouths move before a letter sounds."""
+    """The timed transcript -> what is added to the tokens of the same instant.
+
+    Our choice: added, where the paper uses cross-attention. A frame sees the symbols of cfg.margin
+    frames before and after it, because a mouth moves before its letter sounds.
+    """
 
     def __init__(self, cfg: Config, tokens: int, instants: int):
         super().__init__()
-        self.frames, self.instants, self.tokens = cfg.step_frames, instants, tokens    # of a latent step
-        self.embed = nn.Embedding.from_pretrained(torch.empty(cfg.symbols + 1, 64).uniform_(-1.7, 1.7), False)
+        self.frames = cfg.step_frames
+        self.instants = instants  # of a latent frame: 1 for video, the hops for audio
+        self.tokens = tokens
+        self.embed = uniform_embedding(cfg.symbols + 1, 64)
         self.near = nn.Conv1d(64, cfg.width, 2 * cfg.margin + 1)
         self.out = nn.Linear(cfg.step_frames * cfg.width, instants * cfg.width)
 
     def forward(self, symbols: Tensor) -> Tensor:
         """(B, margin + F + margin) -> (B, S, N, D); the tokens of an instant share theirs."""
-        x = F.silu(self.near(self.embed(symbols).transpose(1, 2))).transpose(1, 2)            # (B, F, D)
-        x = self.out(x.unflatten(1, (-1, self.frames)).flatten(2)).unflatten(-1, (self.instants, -1))
+        x = self.embed(symbols).transpose(1, 2)
+        x = F.silu(self.near(x)).transpose(1, 2)  # (B, F, D)
+        x = self.out(x.unflatten(1, (-1, self.frames)).flatten(2))  # (B, S, instants D)
+        x = x.unflatten(-1, (self.instants, -1))
         return x.repeat_interleave(self.tokens // self.instants, 2)
 
 
 @functools.cache
 def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 3-D rotary embedding: time (clock_ticks, head_dim / 4) and place (N, head_dim / 4), complex phases.
-    The unit of time is a hop of sound. Every frequency is a whole number of turns a period (our choice), so
-    that positions stay bounded. Half of a head's pairs turn with time, half with place (a sound has none)."""
+    """The 3-D rotary embedding: cosines and sines of time and of place.
+
+    Time is (clock_ticks, P / 4, 2), place (N, P / 4, 2). Half of the pairs of a head turn with
+    time, in hops of sound, and half with the place in the picture. Our choice: each frequency makes
+    a whole number of turns in cfg.clock seconds, so that positions stay bounded however long the
+    film is.
+    """
     pairs = cfg.head_dim // 4
-    turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64).round()
-    time = 2 * math.pi / cfg.clock_ticks * (torch.arange(cfg.clock_ticks)[:, None] * turns % cfg.clock_ticks)
+    ticks = torch.arange(cfg.clock_ticks)
+    turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64)
+    time = 2 * math.pi / cfg.clock_ticks * (ticks[:, None] * turns.round() % cfg.clock_ticks)
     rates = torch.logspace(0, -1, pairs // 2, dtype=torch.float64)
-    place = (torch.cartesian_prod(*2 * [torch.arange(cfg.grid)])[..., None] * rates).flatten(1)
-    return tuple(torch.polar(torch.ones_like(x), x).cfloat().to(device) for x in (time, place))
+    row_and_column = torch.cartesian_prod(torch.arange(cfg.grid), torch.arange(cfg.grid))  # (N, 2)
+    place = (row_and_column[..., None] * rates).flatten(1)
+    time = torch.stack([time.cos(), time.sin()], -1).float()
+    place = torch.stack([place.cos(), place.sin()], -1).float()
+    return time.to(device), place.to(device)
 
 
-def joint_qkv(parts, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What Side.project() made of each branch -> queries, keys and values of all tokens, chunk by chunk, each
-    (B, H, C, n, P); queries and keys with QK-norm, then rotated. From here on the branches are one."""
-    x, gain, phases = (torch.cat([y.unflatten(1, (chunks, -1)) for y in each], 2) for each in zip(*parts))
-    x_n = F.normalize(x[:, :, :, :2].float(), dim=-1) * (gain[..., None, :] * x.shape[-1] ** 0.5)
-    pairs = torch.view_as_complex(x_n.unflatten(-1, (-1, 2))) * phases[:, :, :, None, None]
-    q, k = torch.view_as_real(pairs).flatten(-2).to(x).unbind(3)
-    return tuple(rows.permute(0, 3, 1, 2, 4) for rows in (q, k, x[:, :, :, 2]))
+def without_time(k: Tensor) -> Tensor:
+    """Keys (..., P) without the half that turns with time: the same from any distance."""
+    half = k.shape[-1] // 2
+    return torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -320,534 +415,868 @@ def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q (B, H, .., n, P), k, v (B, H, .., m, P) and mask (.., n, m) -> (B, .., n, H P)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":           # 3 times faster than PyTorch's fused
+    """Softmax attention: q (B, H, n, P), k and v (B, H, m, P), mask (n, m) bool -> (B, n, H P)."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        # On a CPU, PyTorch's fused attention takes three times as long in bf16 as these three
+        # lines.
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         if mask is not None:
-            scores += torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -1e9)
+            scores = scores.masked_fill(~mask, -1e9)
         out = scores.softmax(-1) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.movedim(1, -2).flatten(-2)
+    return out.transpose(1, 2).flatten(2)
 
 
 class Side(nn.Module):
-    """One branch's half of a block: its own projections, feed-forward and modulation (section 3.1)."""
+    """One branch's half of a block: its own projections, feed-forward and modulation."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.heads, d = cfg.heads, cfg.width
-        self.qkv = nn.Linear(d, 3 * d, bias=False)
-        self.out = nn.Linear(d, d, bias=False)
-        self.feed = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
-        self.q_gain, self.k_gain = (nn.Parameter(torch.ones(cfg.head_dim)) for _ in range(2))
-        self.offset = nn.Parameter(torch.zeros(6, 1, d))   # its own; of 3 axes, so train.py's Muon lets it be
+        self.heads = cfg.heads
+        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
+        self.out = nn.Linear(cfg.width, cfg.width, bias=False)
+        self.feed = nn.Sequential(
+            nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width)
+        )
+        self.q_gain = nn.Parameter(torch.ones(cfg.head_dim))
+        self.k_gain = nn.Parameter(torch.ones(cfg.head_dim))
+        self.offset = nn.Parameter(torch.zeros(6, 1, cfg.width))  # of this block's modulation
 
     def modulate(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """What all blocks share (B, S, 1, 6 D) -> this block's six, each (B, S, 1, D)."""
-        return (shared.unflatten(-1, (6, -1)) + self.offset[:, 0]).unbind(-2)
+        """Shared modulation (B, S, 1, 6 D) -> shift, scale, gate of attention, of feed-forward."""
+        six = shared.unflatten(-1, (6, -1)) + self.offset[:, 0]
+        shift1, scale1, gate1, shift2, scale2, gate2 = six.unbind(-2)
+        return shift1, scale1 + 1, gate1, shift2, scale2 + 1, gate2  # each (B, S, 1, D)
 
-    def project(self, x: Tensor, change, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens x (B, S, N, D) -> q, k, v (B, S N, 3, H, P), gain (1, S N, 2, P) and phases (1, S N, ..)."""
-        x = self.qkv(normalise(x, *change[:2])).flatten(1, 2).unflatten(-1, (3, self.heads, -1))
-        return x, torch.stack([self.q_gain, self.k_gain]).expand(1, len(phases), -1, -1), phases[None]
+    def project(self, x: Tensor, modulation) -> tuple[Tensor, Tensor]:
+        """Tokens (B, S, N, D) -> q, k, v (B, S N, 3, H, P) and gains of q and k (S N, 2, P)."""
+        shift, scale = modulation[:2]
+        qkv = self.qkv(normalise(x, shift, scale)).flatten(1, 2)
+        gain = torch.stack([self.q_gain, self.k_gain]).expand(qkv.shape[1], -1, -1)
+        return qkv.unflatten(-1, (3, self.heads, -1)), gain
 
-    def finish(self, x: Tensor, seen: Tensor, change) -> Tensor:
-        """Tokens x (B, S, N, D), what they saw (B, S N, D), modulate()'s six -> tokens after this block."""
-        x = torch.addcmul(x, change[2], self.out(seen.reshape(x.shape)))
-        return torch.addcmul(x, change[5], self.feed(normalise(x, *change[3:5])))
+    def finish(self, x: Tensor, attended: Tensor, modulation) -> Tensor:
+        """Tokens (B, S, N, D) and attention's output (B, S N, D) -> tokens after the block."""
+        _, _, gate1, shift2, scale2, gate2 = modulation
+        x = torch.addcmul(x, gate1, self.out(attended.reshape(x.shape)))
+        return torch.addcmul(x, gate2, self.feed(normalise(x, shift2, scale2)))
 
 
 class Branch(nn.Module):
-    """All that belongs to one modality: embedding, its side of every block, head and modulation."""
+    """All that belongs to one modality: embedding, side of every block, output, modulation."""
 
-    def __init__(self, cfg: Config, tokens: int, values: int, instants: int, gain: bool = False):
+    def __init__(self, cfg: Config, tokens: int, values: int, instants: int, gain: bool):
         super().__init__()
-        d = cfg.width
-        self.embed = nn.Linear(values, d)
+        width = cfg.width
+        self.embed = nn.Linear(values, width)
         self.text = TextEmbedding(cfg, tokens, instants)
-        self.place = nn.Parameter(torch.empty(tokens, d).uniform_(-0.03, 0.03))
-        self.step = StepEmbedding(d, len(cfg.characters) + 1)
-        self.modulation = nn.Linear(d, 6 * d)                          # shared by the blocks
+        self.place = nn.Parameter(torch.empty(tokens, width).uniform_(-0.03, 0.03))
+        self.step = StepEmbedding(width, len(cfg.characters) + 1)
+        self.modulation = nn.Linear(width, 6 * width)  # shared by the blocks
         self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
-        self.head_modulation = nn.Linear(d, 2 * d)
-        self.head = nn.Sequential(nn.Linear(d, 2 * d), nn.GELU(), nn.Linear(2 * d, values))
-        self.gain = nn.Linear(d, values) if gain else None             # the sound's: see read_out()
-        zero = (self.modulation, self.head_modulation, self.head[-1], self.step.size[-1], self.gain)
-        for weight in nn.ModuleList(filter(None, zero)).parameters():
-            nn.init.zeros_(weight)                                     # blocks start as identity, d as unfelt
+        self.head_modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, values)
+        )
+        self.gain = nn.Linear(width, values) if gain else None  # see read_out()
+        # Blocks start as the identity, outputs at zero, and d without effect.
+        zero = [self.modulation, self.head_modulation, self.head[-1], self.step.size[-1]]
+        for layer in zero + ([self.gain] if gain else []):
+            for weight in layer.parameters():
+                nn.init.zeros_(weight)
 
-    def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[list[Tensor]]:
-        """t, d (B, S), character (B,) -> for each block the shift, scale and gate of attention and those of
-        the feed-forward; last the shift and scale of the head. Each (B, S, 1, D); scales are about 1."""
-        condition = self.step(t, d, character)[:, :, None]
-        shared, head = self.modulation(condition), self.head_modulation(condition).chunk(2, -1)
-        return [[x + int(i % 3 == 1) for i, x in enumerate(change)]
-                for change in (*(side.modulate(shared) for side in self.sides), head)]
+    def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[tuple[Tensor, ...]]:
+        """t, d (B, S), character (B,) -> modulation of each block, shift and scale of output."""
+        conditioning = self.step(t, d, character)[:, :, None]
+        shared = self.modulation(conditioning)
+        shift, scale = self.head_modulation(conditioning).chunk(2, -1)
+        return [side.modulate(shared) for side in self.sides] + [(shift, scale + 1)]
+
+    def read_out(self, tokens: Tensor, modulation, x_t: Tensor) -> Tensor:
+        """Tokens (B, S, N, D) and their noised latents x_t (B, S, N, values) -> x_pred, like x_t.
+
+        Our choice: sound has a gain on x_t. Early in noise a token loses the faint trace of x_t
+        that tells a sound from silence.
+        """
+        x = normalise(tokens, *modulation[-1])
+        x_pred = self.head(x).float()
+        if self.gain is None:
+            return x_pred
+        return x_pred + self.gain(x).float() * x_t
 
 
-class Part(NamedTuple):
-    """Tokens of one branch on their way through the trunk."""
+class Tokens(NamedTuple):
+    """Some tokens of one branch on their way through the blocks."""
+
     branch: Branch
-    tokens: Tensor        # (B, S, N, D)
-    changes: list         # what Branch.modulate() made of t, d and the character
-    phases: Tensor        # (S N, head_dim / 2), rotary
+    x: Tensor  # (B, S, N, D)
+    modulation: list  # of Branch.modulate()
+    phases: Tensor  # (S N, P / 2, 2), cosine and sine: the rotary phases
 
 
 class AudioVideoTransformer(nn.Module):
-    """Two branches and one joint self-attention (section 3.1): noised latent steps in, clean ones out.
-    forward() is the parallel form for training, step() the streaming form with a KVCache; the two agree."""
+    """Two branches and one joint self-attention: noised latents in, clean ones out.
+
+    forward() is the parallel form, for training: all chunks of a clip at once, under a mask.
+    step() is the streaming form, for sampling: one chunk at a time, with a KVCache. They agree.
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1)
+        self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1, gain=False)
         self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds, gain=True)
+        # Stands in for the first frame of a film that is not given one.
         self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
 
-    def codecs(self) -> tuple[VideoCodec, AudioCodec]:
-        """What its latent steps were made by, on its device."""
-        return tuple(codec(self.cfg, self.no_first.device) for codec in (VideoCodec, AudioCodec))
+    @property
+    def device(self) -> torch.device:
+        return self.no_first.device
 
-    def phases(self, steps: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary phases of latent steps (S,), video's and audio's: equal instants, equal phases in time."""
-        ticks = torch.arange(n := self.cfg.step_sounds, device=steps.device) + n * steps[:, None]
-        time, place = rotary_table(self.cfg, steps.device)
-        time, place = time[ticks % self.cfg.clock_ticks], place.expand(len(steps), -1, -1)   # (S, .., pairs)
-        audio = torch.cat([time, torch.ones_like(time)], -1).repeat_interleave(self.cfg.bands, 1)
-        return torch.cat([time[:, :1].expand_as(place), place], -1).flatten(0, 1), audio.flatten(0, 1)
+    def phases(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices of latent frames (S,) -> rotary phases of their video and audio tokens."""
+        cfg = self.cfg
+        time, place = rotary_table(cfg, frames.device)
+        ticks = cfg.step_sounds * frames[:, None] + torch.arange(
+            cfg.step_sounds, device=frames.device
+        )
+        time = time[ticks % cfg.clock_ticks]  # (S, hops, P / 4, 2)
+        place = place.expand(len(frames), -1, -1, -1)
+        no_place = time.new_tensor([1.0, 0.0]).expand_as(time)  # sound has none
+        video = torch.cat([time[:, :1].expand_as(place), place], 2)
+        audio = torch.cat([time, no_place], 2).repeat_interleave(cfg.bands, 1)
+        return video.flatten(0, 1), audio.flatten(0, 1)  # (S N, P / 2, 2)
 
-    def modulate(self, t: Tensor, d: Tensor, controls: Controls, branches=BRANCHES) -> dict:
-        """What t, d (B, S, E or 1; first value video's, last audio's) and the character decide, by branch."""
-        return {n: getattr(self, n).modulate(t[..., i], d[..., i], controls.character)
-                for n, i in zip(BRANCHES, (0, -1)) if n in branches}
-
-    def script(self, controls: Controls, steps: Tensor, branches=BRANCHES) -> dict:
-        """All that the transcript and the latent steps (S,) in the film decide, by branch; the same for all
-        evaluations of a chunk: what is added to the tokens (B, S, N, D), and rotary phases (S N, P / 2)."""
-        return {n: (getattr(self, n).text(controls.symbols) + getattr(self, n).place, phases)
-                for n, phases in zip(BRANCHES, self.phases(steps)) if n in branches}
-
-    def parts(self, z: Tensor, changes: dict, scripts: list[dict]) -> dict[str, Part]:
-        """Latent steps z (B, S, E), their modulation, and the scripts of their stretches of film in turn."""
+    def embed(self, x_t, t, d, controls, frames, branches=BRANCHES) -> dict[str, Tokens]:
+        """Latents (B, S, E), t, d (B, S, 2), indices of latent frames (S,) -> tokens by branch."""
         parts = {}
-        for n, values in zip(BRANCHES, split(self.cfg, z.to(self.no_first))):
-            if n in scripts[0]:
-                branch, (text, phases) = getattr(self, n), zip(*(script[n] for script in scripts))
-                tokens = branch.embed(values.contiguous()) + torch.cat(text, 1)    # else: weights are copied
-                parts[n] = Part(branch, tokens, changes[n], torch.cat(phases))
+        latents = split(self.cfg, x_t.to(self.no_first))
+        for i, (name, phases) in enumerate(zip(BRANCHES, self.phases(frames))):
+            if name in branches:
+                branch = getattr(self, name)
+                x = branch.embed(latents[i].contiguous()) + (
+                    branch.text(controls.symbols) + branch.place
+                )
+                modulation = branch.modulate(t[..., i], d[..., i], controls.character)
+                parts[name] = Tokens(branch, x, modulation, phases)
         return parts
 
-    def first(self, controls: Controls) -> Part:
-        """The first frame, or what stands in for it: one clean, timeless latent step of video."""
-        first = self.video.embed(controls.first.to(self.no_first))
-        tokens = torch.where(controls.has_first[:, None, None, None], first, self.no_first) + self.video.place
-        t, place = tokens.new_ones((len(tokens), 1)).float(), rotary_table(self.cfg, tokens.device)[1]
-        changes = self.video.modulate(t, 0 * t, controls.character)
-        return Part(self.video, tokens, changes, torch.cat([0 * place, place], -1))
+    def embed_first_frame(self, controls: Controls) -> Tokens:
+        """The first frame, or what stands in for it: one clean latent frame of video, no time."""
+        given = self.video.embed(controls.first_frame.to(self.no_first))
+        x = torch.where(controls.has_first_frame[:, None, None, None], given, self.no_first)
+        t = x.new_ones((len(x), 1)).float()
+        modulation = self.video.modulate(t, 0 * t, controls.character)
+        place = rotary_table(self.cfg, x.device)[1]
+        phases = torch.cat([torch.zeros_like(place), place], 1)  # no time
+        return Tokens(self.video, x + self.video.place, modulation, phases)
 
-    def trunk(self, parts: dict[str, Part], attend) -> dict[str, Tensor]:
-        """All blocks. attend(layer, {name: project()'s}) -> {name: seen} is what the two forms differ in."""
-        tokens = {n: part.tokens for n, part in parts.items()}
+    def blocks(self, parts: list[Tokens], attend) -> list[Tensor]:
+        """Pass tokens through all blocks; attend(layer, q, k, v) is what the two forms differ in.
+
+        q, k, v are (B, H, n, P), over the tokens of all parts. Returns the parts' tokens (B, S, N,
+        D).
+        """
+        tokens = [part.x for part in parts]
+        sizes = [len(part.phases) for part in parts]
+        phases = torch.cat([part.phases for part in parts])
         for layer in range(self.cfg.layers):
-            sides = {n: (part.branch.sides[layer], part.changes[layer]) for n, part in parts.items()}
-            seen = attend(layer, {n: side.project(tokens[n], change, parts[n].phases)
-                                  for n, (side, change) in sides.items()})
-            tokens = {n: side.finish(tokens[n], seen[n], change) for n, (side, change) in sides.items()}
+            qkv, gain = [], []
+            for part, x in zip(parts, tokens):
+                projected = part.branch.sides[layer].project(x, part.modulation[layer])
+                qkv.append(projected[0])
+                gain.append(projected[1])
+            q, k, v = self.rotate(torch.cat(qkv, 1), torch.cat(gain), phases)
+            attended = attend(layer, q, k, v).split(sizes, 1)
+            for i, part in enumerate(parts):
+                side = part.branch.sides[layer]
+                tokens[i] = side.finish(tokens[i], attended[i], part.modulation[layer])
         return tokens
 
-    def read_out(self, parts: dict[str, Part], tokens: dict[str, Tensor], x_t: Tensor) -> Tensor:
-        """The last S steps of tokens -> x_hat (B, S, E); an absent branch's x_t. Sound has a gain of
-        x_t (our choice): a token loses the faint trace that tells, early in noise, a sound from silence."""
-        out, s = dict(zip(BRANCHES, split(self.cfg, x_t))), x_t.shape[1]
-        for n, part in ((n, parts[n]) for n in BRANCHES if n in parts):
-            x = normalise(tokens[n][:, -s:], *(change[:, -s:] for change in part.changes[-1]))
-            x_hat, gain = part.branch.head(x).float(), part.branch.gain
-            out[n] = x_hat + gain(x).float() * out[n] if gain else x_hat
-        return join(*out.values())
+    def rotate(self, qkv: Tensor, gain: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, n, 3, H, P), gain (n, 2, P), phases (n, P / 2, 2) -> q, k, v, each (B, H, n, P).
 
-    def forward(self, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None = None,
-                chunk: int | None = None, branches=BRANCHES, window: int | None = None) -> Tensor:
+        Queries and keys are normalised (QK-norm), and their pairs are turned by the rotary phases.
+        """
+        x = F.normalize(qkv[:, :, :2].float(), dim=-1) * (gain[:, :, None] * self.cfg.head_dim**0.5)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = phases[:, None, None].unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+        q, k = turned.flatten(-2).to(qkv).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        d: Tensor,
+        controls: Controls,
+        history: Tensor | None = None,
+        chunk: int | None = None,
+        branches=BRANCHES,
+        window: int | None = None,
+    ) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
-        x_t (B, S, E) with t, d (B, S, E or 1) and clean history (B, S, E), or None if a chunk sees only the
-        first frame and itself -> x_hat (B, S, E). chunk: its length in latent steps (default cfg.chunk; S: a
-        bidirectional model). branches: one: stage 1's unimodal model. window: 1 to cfg.window (default)."""
-        cfg, (b, s), chunk = self.cfg, x_t.shape[:2], chunk or self.cfg.chunk
-        assert s % chunk == 0, f"{s} latent steps are not a whole number of chunks of {chunk}"
-        t, d = t.expand(b, s, -1), d.expand(b, s, -1)
-        z, scripts = x_t, [self.script(controls, torch.arange(s, device=x_t.device), branches)]
-        if history is not None:                                        # [history at t = 1, d = 0 | noisy]
-            z, t = torch.cat([history, z], 1), torch.cat([torch.ones_like(t), t], 1)
-            d, scripts = torch.cat([torch.zeros_like(d), d], 1), scripts * 2
-        parts = self.parts(z, self.modulate(t, d, controls, branches), scripts)
-        if "video" in branches:
-            parts["first"] = self.first(controls)
-        band = Band((window or cfg.window) if history is not None else 0, s // chunk, parts, x_t.device)
-        return self.read_out(parts, self.trunk(parts, band), x_t)
 
-    @torch.no_grad()
-    def step(self, z: Tensor, changes: dict, scripts: list[dict], cache: "KVCache", done: int = 0) -> Tensor:
-        """Streaming form: chunks that follow those in the cache, z (B, S, E), with what modulate() made, and
-        script() of each -> x_hat of the last. The cache takes the first `done`: finished, at t = 1, d = 0."""
-        tokens = self.trunk(parts := self.parts(z, changes, scripts), functools.partial(cache.attend, done))
-        cache.count += done
-        return self.read_out(parts, tokens, z[:, -self.cfg.chunk:])
+        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 2), the same within a chunk; history (B,
+        S, E) clean latents, or None if a chunk sees only the first frame and itself. chunk: its
+        length in latent frames (default cfg.chunk; S makes a bidirectional model). branches: one of
+        the two for the unimodal models of stage 1. window: chunks of history, at most cfg.window
+        (the default). Returns x_pred (B, S, E); of a branch that is left out, its x_t.
+        """
+        b, s = x_t.shape[:2]
+        chunk = chunk or self.cfg.chunk
+        assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
+        assert t.shape[-1] == d.shape[-1] == 2, (
+            "t and d have one number for video and one for audio"
+        )
+        t, d = t.expand(b, s, 2), d.expand(b, s, 2)
+        frames = torch.arange(s, device=x_t.device)
+        noised = self.embed(x_t, t, d, controls, frames, branches)
+        parts = list(noised.values())
+        if history is not None:
+            clean = self.embed(history, torch.ones_like(t), 0 * d, controls, frames, branches)
+            parts = list(clean.values()) + parts
+        window = self.cfg.window if window is None else window
+        assert 1 <= window <= self.cfg.window, f"window {window} is not in 1..{self.cfg.window}"
+        first = [self.embed_first_frame(controls)] if "video" in branches else []
+        attend = ParallelAttention(parts, first, s // chunk, window, history is not None)
+        tokens = self.blocks(first + parts, attend)
+        out = dict(zip(BRANCHES, split(self.cfg, x_t)))
+        for (name, part), x in zip(noised.items(), tokens[-len(noised) :]):
+            out[name] = part.branch.read_out(x, part.modulation, out[name])
+        return join(*out.values())
 
     @torch.no_grad()
     def start(self, controls: Controls, window: int | None = None) -> "KVCache":
         """A cache that holds the first frame (or what stands in for it), and no chunk yet."""
         cache = KVCache(self.cfg, len(controls.character), window)
-        self.trunk({"first": self.first(controls)}, cache.attend_first)
+        self.blocks([self.embed_first_frame(controls)], cache.write_first_frame)
         return cache
 
+    @torch.no_grad()
+    def step(self, x_t, t, d, controls: Controls, cache: "KVCache", commit: bool = False) -> Tensor:
+        """Streaming form: one evaluation of the chunk that follows those in the cache.
 
-class Band:
-    """Who sees whom in the parallel form: a chunk-causal band.
+        x_t (B, S, E), t and d (B or 1, 1, 2), the controls of the whole film -> x_pred (B, S, E).
+        commit: also keep the chunk's keys and values; x_t is then the finished chunk, t = 1 and d =
+        0.
+        """
+        cfg = self.cfg
+        b, s = x_t.shape[:2]
+        frames = cache.count * cfg.chunk + torch.arange(s, device=x_t.device)
+        visible = controls.chunk(cfg, cache.count)
+        parts = self.embed(x_t, t.expand(b, s, 2), d.expand(b, s, 2), visible, frames)
+        tokens = self.blocks(list(parts.values()), cache.commit if commit else cache.attend)
+        cache.count += int(commit)
+        out = []
+        for part, x, latents in zip(parts.values(), tokens, split(cfg, x_t)):
+            out.append(part.branch.read_out(x, part.modulation, latents))
+        return join(*out)
 
-                    columns:  first  sink   history   noisy          (W = 1 chunk of history)
+
+class ParallelAttention:
+    """Who attends to whom in the parallel form: rows see columns (here with a window of 1):
+
+                    columns:  first  sink   history   noised
                                              0 1 2    0 1 2
         rows:  first            x
                history 0        x            x
                history 1        x     x      x x
                history 2        x     x        x x
-               noisy 0          x                     x
-               noisy 1          x     x      x          x
-               noisy 2          x     x        x          x
+               noised 0         x                     x
+               noised 1         x     x      x          x
+               noised 2         x     x        x          x
 
-    The sink is chunk 0 once more. It and the first frame (or what stands in for it) are timeless: the half
-    of their keys that turns with time is zero, so they look the same from any distance, and a stream of any
-    length has no position that training never saw (our choice). Only the band is computed: a chunk's rows of
-    both kinds together read [first | sink | W chunks before | its history rows | its noisy rows]."""
+    The sink is chunk 0 of the history once more. The sink and the first frame have no time: the
+    half of their keys that turns with time is zero. So a film of any length has no position that
+    training never saw (our choice).
+    """
 
-    def __init__(self, window: int, chunks: int, parts: dict[str, Part], device):   # window 0: no history
-        self.window, self.chunks, self.kinds = window, chunks, 2 if window else 1
-        self.names = [name for name in BRANCHES if name in parts]
-        self.sizes = [parts[n].phases.shape[0] // (self.kinds * chunks) for n in self.names]
-        own, first = sum(self.sizes), parts["first"].phases.shape[0] if "first" in parts else 0
-        at = torch.arange(chunks)[:, None]
-        before = (at - window + torch.arange(window) >= 0).repeat_interleave(own, 1)
-        seen = torch.cat([at.new_ones(chunks, first), (at > 0).expand(-1, own if window else 0), before], 1)
-        itself = torch.eye(self.kinds).repeat_interleave(own, 0).repeat_interleave(own, 1)
-        seen, itself = seen[:, None].expand(-1, self.kinds * own, -1), itself.expand(chunks, -1, -1)
-        self.mask = torch.cat([seen, itself], 2).bool().to(device)     # (C, rows, columns)
+    def __init__(self, parts, first, chunks: int, window: int, has_history: bool):
+        """parts: tokens of [history and] noised latents; first: [those of the first frame]."""
+        self.num_first = sum(len(tokens.phases) for tokens in first)
+        chunk_of = []  # the chunk of each token, for one kind (history or noised)
+        for tokens in parts[: len(parts) // (2 if has_history else 1)]:
+            size = len(tokens.phases) // chunks
+            chunk_of.append(torch.arange(chunks).repeat_interleave(size))
+        row, column = torch.cat(chunk_of)[:, None], torch.cat(chunk_of)[None]
+        num_history = len(row) if has_history else 0
+        self.history = slice(self.num_first, self.num_first + num_history)
+        same = row == column
+        mask = same
+        if has_history:
+            before = (row - window <= column) & (column < row)
+            sink = (row > 0).expand(-1, int((column == 0).sum()))
+            history_rows = torch.cat([sink, before | same, torch.zeros_like(same)], 1)
+            noised_rows = torch.cat([sink, before, same], 1)
+            mask = torch.cat([history_rows, noised_rows])
+        device = parts[0].x.device
+        self.mask = F.pad(mask, (self.num_first, 0), value=True).to(
+            device
+        )  # all see the first frame
+        self.is_sink = (column[0] == 0)[:num_history].to(device)  # the tokens that the sink repeats
 
-    def columns(self, first: Tensor | None, rows: Tensor, to_sink) -> Tensor:
-        """Keys or values (B, H, kinds, C, n, P) -> all that a chunk's rows read, (B, H, C, columns, P)."""
-        history, spread = rows[:, :, 0], (-1, -1, self.chunks, -1, -1)
-        columns = [] if first is None else [first[:, :, None].expand(spread)]
-        if self.window:
-            padded = torch.cat([torch.zeros_like(history[:, :, :1])] * self.window + [history], 2)
-            before = [padded[:, :, i:i + self.chunks] for i in range(self.window)]
-            columns += [to_sink(history[:, :, :1]).expand(spread), *before]
-        return torch.cat([*columns, *rows.unbind(2)], 3)
-
-    def __call__(self, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """Attend: {name: what Side.project() made} -> {name: what its tokens saw (B, tokens, D)}."""
-        q0, k0, v0 = (x[:, :, 0] for x in joint_qkv([qkv["first"]], 1)) if "first" in qkv else 3 * [None]
-        rows = joint_qkv([qkv[n] for n in self.names], self.kinds * self.chunks)
-        q, k, v = (x.unflatten(2, (self.kinds, -1)) for x in rows)     # (B, H, kinds, C, rows, P)
-        q = q.transpose(2, 3).flatten(3, 4)
-        k, v = self.columns(k0, k, timeless), self.columns(v0, v, lambda x: x)
-        seen = attention(q, k, v, self.mask).unflatten(2, (self.kinds, -1)).transpose(1, 2)
-        seen = {n: x.flatten(1, 3) for n, x in zip(self.names, seen.split(self.sizes, 3))}
-        return seen if q0 is None else seen | {"first": attention(q0, k0, v0)}
-
-
-def timeless(k: Tensor) -> Tensor:
-    """Keys (..., P) without the half that turns with time."""
-    return torch.cat([torch.zeros_like(k[..., :k.shape[-1] // 2]), k[..., k.shape[-1] // 2:]], -1)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v (B, H, n, P) of [first | history | noised] -> what each saw (B, n, H P)."""
+        n = self.num_first
+        seen_by_first = attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
+        sink_k = without_time(k[:, :, self.history][:, :, self.is_sink])
+        sink_v = v[:, :, self.history][:, :, self.is_sink]
+        k = torch.cat([k[:, :, :n], sink_k, k[:, :, n:]], 2)
+        v = torch.cat([v[:, :, :n], sink_v, v[:, :, n:]], 2)
+        return torch.cat([seen_by_first, attention(q[:, :, n:], k, v, self.mask)], 1)
 
 
 class KVCache:
-    """Keys and values of the chunks already made: the streaming context buffer (section 3.1). Of a layer:
-    [ desk | first | sink | ring of W chunks ]. The chunk at work lays its keys on the desk on every pass; the
-    next one's first pass commits it, seen clean: to the ring's oldest place, chunk 0 to the sink too. Keys
-    are stored turned, as phases are periodic. Raises ValueError for a window that training never saw."""
+    """Keys and values of the chunks already generated: the streaming context buffer (section 3.1).
+
+    Of each layer: [ current | first frame | sink | ring of `window` chunks ]. Each evaluation
+    writes the keys and values of the current chunk, and attends to all that is visible. A commit,
+    at t = 1 and d = 0, also writes them into the oldest place of the ring, and those of chunk 0
+    into the sink. Keys are stored after their rotation, because the rotary phases are periodic.
+    Raises UserError for a window that training never saw.
+    """
 
     def __init__(self, cfg: Config, batch: int, window: int | None = None):
-        self.window, self.count = cfg.window if window is None else window, 0   # count: chunks committed
+        self.window = cfg.window if window is None else window
         if not 1 <= self.window <= cfg.window:
-            raise ValueError(f"window must be between 1 and {cfg.window} chunks, the most seen in training")
-        self.desk = desk = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)
-        self.first = slice(desk, desk + cfg.video_tokens)
-        self.sink = slice(self.first.stop, self.first.stop + desk)     # and then the ring
-        self.shape = (2, cfg.layers, batch, cfg.heads, self.sink.stop + self.window * desk, cfg.head_dim)
+            raise UserError(
+                f"window must be between 1 and {cfg.window} chunks, the most seen in training"
+            )
+        self.count = 0  # chunks committed
+        self.size = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)  # tokens of a chunk
+        self.sink_start = self.size + cfg.video_tokens
+        self.ring_start = self.sink_start + self.size
+        places = self.ring_start + self.window * self.size
+        self.shape = (cfg.layers, batch, cfg.heads, places, cfg.head_dim)
+        self.k = self.v = torch.empty(0)  # allocated by write_first_frame()
 
-    def attend(self, done: int, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """A chunk sees itself and all that is kept. The first `done` are, each before the next one looks."""
-        (keys, values), seen = self.kv[:, layer], []
-        chunks = sum(sizes := [part[0].shape[1] for part in qkv.values()]) // self.desk
-        rows = zip(*(x.unbind(2) for x in joint_qkv(qkv.values(), chunks)))
-        for count, (q, k, v) in enumerate(rows, self.count):
-            keys[:, :, :self.desk], values[:, :, :self.desk] = k, v
-            end = self.sink.stop + min(count, self.window) * self.desk if count else self.first.stop
-            seen.append(attention(q, keys[:, :, :end], values[:, :, :end]))
-            if len(seen) <= done:
-                old = self.sink.stop + count % self.window * self.desk
-                keys[:, :, old:old + self.desk], values[:, :, old:old + self.desk] = k, v
-                if count == 0:
-                    keys[:, :, self.sink], values[:, :, self.sink] = timeless(k), v
-        seen = torch.stack(seen, 1).split([size // chunks for size in sizes], 2)       # (B, chunks, n, D)
-        return {name: x.flatten(1, 2) for name, x in zip(qkv, seen)}
-
-    def attend_first(self, layer: int, qkv: dict) -> dict[str, Tensor]:
-        """The first frame sees only itself, and stays."""
-        q, k, v = (x[:, :, 0] for x in joint_qkv(qkv.values(), 1))
+    def write_first_frame(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The first frame sees itself alone, and stays."""
         if layer == 0:
-            self.k, self.v = self.kv = k.new_zeros(self.shape)         # on its device, in its precision
-        self.k[layer, :, :, self.first], self.v[layer, :, :, self.first] = k, v
-        return {"first": attention(q, k, v)}
+            self.k, self.v = k.new_zeros(self.shape), k.new_zeros(self.shape)
+        self.k[layer, :, :, self.size : self.sink_start] = k
+        self.v[layer, :, :, self.size : self.sink_start] = v
+        return attention(q, k, v)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The current chunk (B, H, n, P) sees itself and all that is kept."""
+        self.k[layer, :, :, : self.size] = k
+        self.v[layer, :, :, : self.size] = v
+        stop = self.sink_start
+        if self.count:
+            stop = self.ring_start + min(self.count, self.window) * self.size
+        return attention(q, self.k[layer, :, :, :stop], self.v[layer, :, :, :stop])
+
+    def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """attend(), and keep the current chunk; the oldest one is evicted."""
+        attended = self.attend(layer, q, k, v)
+        place = self.ring_start + self.count % self.window * self.size
+        self.k[layer, :, :, place : place + self.size] = k
+        self.v[layer, :, :, place : place + self.size] = v
+        if self.count == 0:
+            self.k[layer, :, :, self.sink_start : self.ring_start] = without_time(k)
+            self.v[layer, :, :, self.sink_start : self.ring_start] = v
+        return attended
 
 
-# ---- The denoising loop and the streaming sampler. ---------------------------------------------------------
+# ---- The denoising loop and the streaming sampler ------------------------------------------------
 
-def denoise(predict, x: Tensor, times: Tensor) -> list[Tensor]:
-    """The one denoising loop: from x at times[0] to times[-1]; returns the state at every time. predict(x_t,
-    k) -> x_hat at times[k]; times (K + 1, 1 or B, 1 or S, 1 or E) never fall; only the last may be 1."""
+
+def denoise(cfg: Config, predict, x: Tensor, times: Tensor) -> list[Tensor]:
+    """The one denoising loop: from x at times[0] to times[-1]. Returns the state at every time.
+
+    predict(x_t, k) -> x_pred at times[k]. times (K + 1, B or 1, S or 1, 2) rise; only the last may
+    be 1.
+    """
     states = [x]
-    for k, (t, d) in enumerate(zip(times, times.diff(dim=0))):         # x + d u, without velocity()'s clamp:
-        states.append(x := x.lerp(predict(x, k), d / (1 - t)))         # a last step, d = 1 - t, ends on x_hat
+    for k in range(len(times) - 1):
+        t, d = times[k], times[k + 1] - times[k]
+        # x + d v with v = (x_pred - x) / (1 - t); a last step, d = 1 - t, ends on x_pred itself.
+        x = x.lerp(predict(x, k), each_value(cfg, d / (1 - t)))
+        states.append(x)
     return states
 
 
-def generate(model, controls: Controls, chunks: int, times: Tensor, *, few: bool = True,
-             guidance: float = 1.0, window: int | None = None, generator: torch.Generator | None = None,
-             clips: Tensor | None = None, given: int = 0, forced: bool = False):
-    """Make a film through the cache; yields the states (see denoise) of each chunk. few: the net is told d,
-    not 0. Guidance other than 1 doubles the batch, uncontrolled. Training gives clips (B, S, E): the first
-    `given` chunks stand; each other begins from its own plus the mean error of the chunk before, noised to
-    times[0]: errors add up, the content is the clips'. forced: they do not, and the cache keeps the clips."""
-    cfg, b, device = model.cfg, len(controls.character), controls.first.device
-    times, copies, error, pending = times.to(device), 1 if guidance == 1 else 2, 0, []
-    controls = controls if guidance == 1 else Controls(*map(torch.cat, zip(controls, controls.dropped(cfg))))
-    cache, steps = model.start(controls, window), torch.arange(cfg.chunk, device=device)
-    sizes = times.diff(dim=0, append=times[-1:]) * few     # the last, of what is finished: d = 0 at t = 1
-    @functools.cache
-    def changes(k, done):                                  # of finished chunks, then of one at times[k]
-        moment = (x[[-1] * done + [k]].expand(-1, -1, cfg.chunk, -1).transpose(0, 1) for x in (times, sizes))
-        return model.modulate(*(x.flatten(1, 2) for x in moment), controls)
+def generate(
+    model: AudioVideoTransformer,
+    controls: Controls,
+    chunks: int,
+    times: Tensor,
+    *,
+    few: bool = True,
+    guidance: float = 1.0,
+    window: int | None = None,
+    generator: torch.Generator | None = None,
+    clips: Tensor | None = None,
+    num_real_chunks: int = 0,
+    teacher_forcing: bool = False,
+):
+    """Generate films through the cache; yields the states of each chunk (see denoise).
+
+    times (K + 1, B or 1, 1, 2). few: tell the network the step size d, or 0 (multi-step mode). A
+    guidance other than 1 doubles the batch by films without controls. Training gives real clips (B,
+    S, E): the first num_real_chunks stand as they are; each other chunk starts from its real one,
+    plus the mean error of the chunk before, noised to times[0]. So errors add up, but the content
+    stays the clip's (our choice). teacher_forcing: the cache keeps the real chunks.
+    """
+    cfg, device = model.cfg, model.device
+    times = times.to(device)
+    sizes = times.diff(dim=0) * few
+    copies = 1 if guidance == 1 else 2
+    b = len(controls.character)
+    if copies == 2:
+        null = controls.dropped(cfg)
+        controls = Controls(*[torch.cat(pair) for pair in zip(controls, null)])
+    cache = model.start(controls, window)
+    clean, zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
+    error = 0
+
+    def per_copy(x):  # (B or 1, ...) -> (copies B or 1, ...)
+        return x.repeat(copies, 1, 1) if len(x) > 1 else x
+
+    def predict(x_t, k):
+        doubled = x_t.repeat(copies, 1, 1)
+        x_pred = model.step(doubled, per_copy(times[k]), per_copy(sizes[k]), controls, cache)
+        if copies == 1:
+            return x_pred
+        x_pred, x_null = x_pred.chunk(2)
+        return torch.lerp(x_null, x_pred, guidance)
+
     for index in range(chunks):
-        script = model.script(controls.chunk(cfg, index), index * cfg.chunk + steps)
-        x = torch.randn((b, cfg.chunk, cfg.step_values), generator=generator,      # a CPU's: as on any device
-                        device=generator.device if generator else device).to(device)
+        # A CPU generator's noise is the same on every device.
+        noise_device = generator.device if generator else device
+        shape = (b, cfg.chunk, cfg.latent_values)
+        x = torch.randn(shape, generator=generator, device=noise_device, dtype=times.dtype)
+        x = x.to(device)
         if clips is not None:
-            truth = clips.unflatten(1, (-1, cfg.chunk))[:, index]
-            x = add_noise(truth + error, x, times[0])
-        def predict(x_t, k):                               # a chunk's first pass commits those before, too
-            z, scripts = zip(*pending, (x_t, script))
-            z, done = torch.cat(z, 1).repeat(copies, 1, 1), len(pending)
-            pending.clear()
-            x_hat, *null = model.step(z, changes(k, done), scripts, cache, done).chunk(copies)
-            return torch.lerp(null[0], x_hat, guidance) if null else x_hat
-        yield (states := [truth] * len(times) if index < given else denoise(predict, x, times))
-        error = 0 if clips is None or forced else (states[-1] - truth).mean(1, keepdim=True)
-        pending.append((truth if forced else states[-1], script))
+            real = clips[:, index * cfg.chunk : (index + 1) * cfg.chunk]
+            x = add_noise(cfg, real + error, x, times[0])
+        if index < num_real_chunks:
+            states = [real] * len(times)
+        else:
+            states = denoise(cfg, predict, x, times)
+        yield states
+        if clips is not None and not teacher_forcing:
+            error = (states[-1] - real).mean(1, keepdim=True)
+        if index < chunks - 1:  # nobody reads what the last chunk would commit
+            finished = (real if teacher_forcing else states[-1]).repeat(copies, 1, 1)
+            model.step(finished, per_copy(clean), per_copy(zero), controls, cache, commit=True)
 
 
 def spell(text: str, frames: int = 3) -> list[int]:
-    """Text -> a symbol per frame: letters a-z last so many frames, whatever else is a pause (our choice)."""
-    return [ALPHABET.find(c) if c in ALPHABET else SILENCE for c in text.lower() for _ in range(frames)]
+    """Text -> a symbol per frame: letters a to z last so many frames, all else is a pause.
+
+    Accents are dropped: an e with an accent is an e.
+    """
+    symbols = []
+    for character in unicodedata.normalize("NFKD", text.lower()):
+        if not unicodedata.combining(character):
+            letter = character if character in ALPHABET else " "
+            symbols += [ALPHABET.index(letter)] * frames
+    return symbols
 
 
-def film_controls(cfg: Config, chunks: int, transcript=None, character=None, first_frame=None) -> Controls:
-    """Controls of one film, see stream(). Raises ValueError for what the model does not know."""
+def film_controls(
+    cfg: Config,
+    codecs: Codecs,
+    chunks: int,
+    transcript=None,
+    character=None,
+    first_frame=None,
+    device="cpu",
+) -> Controls:
+    """Controls of one film on the device of the codecs; see stream(). Raises UserError."""
     frames = chunks * cfg.chunk_frames
-    symbols = torch.full((1, frames + 2 * cfg.margin), cfg.symbols)
+    symbols = torch.full((1, frames + 2 * cfg.margin), cfg.unknown)
     if transcript is not None:
-        said = torch.tensor(spell(transcript) if isinstance(transcript, str) else list(transcript)).long()
-        if ((said < 0) | (said > cfg.symbols)).any():
-            raise ValueError(f"symbols of a transcript are between 0 and {cfg.symbols}")
-        symbols[:] = SILENCE
-        symbols[0, cfg.margin:cfg.margin + len(said)] = said[:frames + cfg.margin]
+        if isinstance(transcript, str) and cfg.symbols != len(ALPHABET):
+            raise UserError("this model's symbols are not letters: give a symbol for each frame")
+        said = spell(transcript) if isinstance(transcript, str) else list(transcript)
+        said = torch.tensor(said).long()
+        if ((said < 0) | (said > cfg.unknown)).any():
+            raise UserError(f"symbols of a transcript are between 0 and {cfg.unknown}")
+        symbols[:] = cfg.silence
+        symbols[0, cfg.margin : cfg.margin + len(said)] = said[: frames + cfg.margin]
     names = (*cfg.characters, None)
     if character not in names and character not in range(len(names)):
-        raise ValueError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
-    who = torch.tensor([names.index(character) if character in names else character])
-    frame = torch.zeros(cfg.image, cfg.image, 3) if first_frame is None else torch.as_tensor(first_frame)
-    if frame.shape != (cfg.image, cfg.image, 3) or first_frame is not None and frame.dtype != torch.uint8:
-        raise ValueError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
-    first = VideoCodec(cfg).encode(frame.expand(1, cfg.step_frames, -1, -1, -1))
-    return Controls(symbols, who, first, torch.tensor([first_frame is not None]))
+        raise UserError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
+    index = names.index(character) if character in names else character
+    shape = (cfg.image, cfg.image, 3)
+    frame = torch.zeros(shape, dtype=torch.uint8)
+    if first_frame is not None:
+        frame = torch.as_tensor(first_frame)
+    if frame.shape != shape or frame.dtype != torch.uint8:
+        raise UserError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
+    still = frame.expand(1, cfg.step_frames, -1, -1, -1).to(device)
+    given = torch.tensor([first_frame is not None])
+    controls = Controls(symbols, torch.tensor([index]), codecs.video.encode(still), given)
+    return controls.map(lambda tensor: tensor.to(device))
+
+
+DEFAULT_STEPS = {"few": 4, "multi": 50}  # evaluations of a chunk in each mode
 
 
 @torch.inference_mode()
-def stream(model, *, seconds: float, transcript=None, character=None, first_frame=None, mode: str = "few",
-           steps: int = 4, guidance: float = 1.0, window: int | None = None, seed: int = 0):
-    """Stream one film; yields (uint8 frames (F, image, image, 3), float32 samples (n,), about -1 to 1), chunk
-    by chunk. transcript: text (3 frames a letter) or a symbol a frame (cfg.symbols = unknown), then silence;
-    None: babble. character: a name, its index, or None for anyone. first_frame: like a yielded one. mode:
-    "few" large steps (4 or 8) or "multi" small ones (about 50). guidance: 1 is none. window: 1 to cfg.window.
-    The first sound is a hop short, the last brings it; memory does not grow. First next(): ValueErrors."""
-    cfg, frames, device = model.cfg, round(seconds * model.cfg.fps), model.no_first.device
-    if mode not in ("few", "multi"):
-        raise ValueError(f"mode must be few or multi, not {mode!r}")
-    if frames < 1:
-        raise ValueError(f"a film must last at least one frame, 1/{cfg.fps} s")
-    chunks, rest = math.ceil(frames / cfg.chunk_frames), frames * cfg.sample_rate // cfg.fps   # samples
-    controls = film_controls(cfg, chunks, transcript, character, first_frame).each(lambda x: x.to(device))
-    (video_codec, audio_codec), last, tail = model.codecs(), None, None
-    for states in generate(model, controls, chunks, time_grid(cfg, steps), few=mode == "few",
-                           guidance=guidance, window=window, generator=torch.Generator().manual_seed(seed)):
+def stream(
+    model: AudioVideoTransformer,
+    codecs: Codecs,
+    *,
+    seconds: float,
+    transcript=None,
+    character=None,
+    first_frame=None,
+    mode: str = "few",
+    steps: int | None = None,
+    guidance: float = 1.0,
+    window: int | None = None,
+    seed: int = 0,
+):
+    """Stream one film, chunk by chunk: yields frames and samples.
+
+    Frames are uint8 (F, image, image, 3), samples float32 (n,). transcript: text (3 frames a
+    letter), or a symbol for each frame (cfg.unknown where it is not known), followed by silence;
+    None: no transcript, and the character babbles. character: a name, its index, or None.
+    first_frame: a picture like the frames that are yielded. mode: "few" takes large steps and
+    "multi" small ones; steps: 4 by default, 50 in multi-step mode. guidance: 1 is none. window:
+    chunks of history, 1 to cfg.window. Memory does not grow with the length. The sound of a chunk
+    comes one hop late, and the last chunk brings the rest. The first next() raises UserError for
+    wrong arguments.
+    """
+    cfg = model.cfg
+    if mode not in DEFAULT_STEPS:
+        raise UserError(f"mode must be few or multi, not {mode!r}")
+    steps = DEFAULT_STEPS[mode] if steps is None else steps
+    if torch.is_autocast_enabled(model.device.type):
+        raise UserError("stream() works outside torch.autocast: the model's own dtype decides")
+    if not 1 / cfg.fps <= seconds <= 24 * 3600:
+        raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
+    if not 0 <= guidance <= 1000:
+        raise UserError(f"guidance must be between 0 and 1000, not {guidance}")
+    frames_left = round(seconds * cfg.fps)
+    samples_left = frames_left * cfg.sample_rate // cfg.fps
+    chunks = math.ceil(frames_left / cfg.chunk_frames)
+    given = {"transcript": transcript, "character": character, "first_frame": first_frame}
+    controls = film_controls(cfg, codecs, chunks, **given, device=model.device)
+    generated = generate(
+        model,
+        controls,
+        chunks,
+        time_grid(cfg, steps),
+        few=mode == "few",
+        guidance=guidance,
+        window=window,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    video_state = audio_state = None
+    for states in generated:
         video, audio = split(cfg, states[-1])
-        samples, tail = audio_codec.decode_next(audio, tail)
-        picture, last = video_codec.decode_next(video, last)
-        frames -= len(picture := picture[0, :frames].cpu().numpy())
-        rest -= len(samples := torch.cat([samples[0], tail[0, :0 if frames else None]])[:rest].cpu().numpy())
-        yield picture, samples
+        frames, video_state = codecs.video.decode_next(video, video_state)
+        samples, audio_state = codecs.audio.decode_next(audio, audio_state)
+        frames = frames[0, :frames_left].cpu().numpy()
+        frames_left -= len(frames)
+        samples = samples[0] if frames_left else torch.cat([samples[0], audio_state[0]])
+        samples = samples[:samples_left].cpu().numpy()
+        samples_left -= len(samples)
+        yield frames, samples
 
 
-# ---- The objectives: flow matching acts on velocity, ShortCut and DMD on x_hat. Each returns (loss, logs). -
-# Their random numbers have the shape (rows, ...), or () for all rows: processes divide them (train.Share).
+# ---- The objectives ------------------------------------------------------------------------------
+# Each is a function that returns (loss, logs). Flow matching compares velocities, the others
+# x_pred.
 
-def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, made=None) -> tuple[Tensor, dict]:
-    """Squared errors (B, S, E) -> the sum over branches of their mean, over steps made (bool, S,); logs."""
-    parts = zip(BRANCHES, cut_branches(cfg, error if made is None else error[:, made]))
-    means = {f"{term}_{name}": part.mean() for name, part in parts if name in branches}
+
+def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, frames=None):
+    """Squared errors (B, S, E) -> sum of the branches' means over `frames` (bool (S,)); logs."""
+    if frames is not None:
+        error = error[:, frames]
+    means = {}
+    for name, values in zip(BRANCHES, split(cfg, error)):
+        if name in branches:
+            means[f"{term}_{name}"] = values.mean()
     return sum(means.values()), {name: mean.item() for name, mean in means.items()}
 
 
-def guided(model, x_t: Tensor, t: Tensor, d: Tensor, controls: Controls, history: Tensor | None,
-           guidance: Tensor | float, chunk: int | None = None) -> Tensor:
-    """Parallel x_hat, away from the uncontrolled one; guidance: a number, or one a value (B, S, E)."""
-    x_hat = model(x_t, t, d, controls, history, chunk)
+def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
+    """x_pred, moved away from the one without controls; guidance: a number, or (B, S, 2)."""
+    x_pred = model(x_t, t, d, controls, history, chunk)
     if not torch.is_tensor(guidance) and guidance == 1:
-        return x_hat
-    null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
-    return torch.lerp(null, x_hat, torch.as_tensor(guidance).to(x_t))
+        return x_pred
+    x_null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
+    if torch.is_tensor(guidance):
+        guidance = each_value(model.cfg, guidance)
+    return x_null + guidance * (x_pred - x_null)
 
 
-def flow_matching_loss(model, x: Tensor, history: Tensor | None, controls: Controls, *, made=None,
-                       chunk: int | None = None, branches=BRANCHES, window=None) -> tuple[Tensor, dict]:
-    """The multi-step mode learns the chunks of x (B, S, E), each at its own t, given a history (section 3.2).
-    On self-made films, at the latent steps made (S,), it trains the fake score. logs: also by noise level."""
-    cfg, t = model.cfg, draw_times(model.cfg, x, chunk or model.cfg.chunk)
-    x_t = add_noise(x, torch.randn_like(x), t)
-    x_hat = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches, window)
-    error = (velocity(x_hat, x_t, t) - velocity(x, x_t, t)).square()
-    loss, logs = mean_error("flow", cfg, error, branches, made)
-    level = (t[..., None, [0, -1]] >= warp(torch.tensor([[0.25], [0.5], [0.75]]), cfg.shifts).to(t)).sum(-2)
-    parts = zip(BRANCHES, cut_branches(cfg, error.detach()), level.unbind(-1))
-    logs |= {f"flow_{name}_level{i}": part[at == i].mean().item()
-             for name, part, at in parts if name in branches for i in at.unique().tolist()}
+def flow_matching_loss(
+    model,
+    x: Tensor,
+    history: Tensor | None,
+    controls: Controls,
+    *,
+    frames: Tensor | None = None,
+    chunk: int | None = None,
+    branches=BRANCHES,
+    window: int | None = None,
+) -> tuple[Tensor, dict]:
+    """The multi-step mode learns the chunks of x (B, S, E), each at its own time, given a history.
+
+    Section 3.2; in stage 3 the history is self-made. On generated films, over the latent frames
+    (bool (S,)) that were generated, it trains DMD's fake score. chunk, branches, window: see
+    forward().
+    """
+    cfg = model.cfg
+    t = draw_times(cfg, x, chunk or cfg.chunk)
+    x_t = add_noise(cfg, x, torch.randn_like(x), t)
+    x_pred = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches, window)
+    error = (velocity(cfg, x_pred, x_t, t) - velocity(cfg, x, x_t, t)).square()
+    loss, logs = mean_error("flow", cfg, error, branches, frames)
+    # The loss by noise level: 0 near noise, 3 near data.
+    for i, (name, values) in enumerate(zip(BRANCHES, split(cfg, error.detach()))):
+        if name in branches and frames is None:
+            borders = warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shifts[i]).to(t)
+            level = torch.bucketize(t[..., i].contiguous(), borders, right=True)
+            for number in level.unique().tolist():
+                logs[f"flow_{name}_level{number}"] = values[level == number].mean().item()
     return loss, logs
 
 
-def shortcut_loss(model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None,
-                  guidance: float = 1.0, cuts=(4, 8)) -> tuple[Tensor, dict]:    # cuts: rising
-    """A large step must land where smaller ones do (ShortCut, section 3.3): the steps of the sampler's grids
-    of 4 and 8 (our choice: longer spans wreck both modes), halved before the warp. Of 4 two half steps of the
-    few-step mode; of 8 one whole step, at the velocity that the multi-step mode, guided, has half way (our
-    choice: Euler's steps lose energy). But the last denoises: the sound's by two half steps, the picture's by
-    the multi-step mode's one, from an earlier time (our choice): what shows only later would flicker."""
-    cfg, (b, s), teacher = model.cfg, x.shape[:2], teacher or model
-    grids = [progress(cfg, cut) for cut in cuts for _ in range(max(cuts) // cut)]  # as many spans of each cut
-    start, stop = torch.cat([p[:-1] for p in grids]), torch.cat([p[1:] for p in grids])        # (spans, 2)
-    span = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(cfg.chunk, 1)     # (B, S)
-    last = (stop == 1) & torch.tensor([True, False])       # (spans, 2): the picture's last is not halved, and
-    early = torch.where(last, start.clamp(max=0.9), start) # is taught from where training still draws times
-    p = torch.stack([start, early, early.lerp(stop, 0.5 * ~last), stop])[:, span]              # (4, B, S, 2)
-    t, *times = each_value(cfg, warp(p, cfg.shifts).to(x))             # the student's, three of the teacher
-    few = each_value(cfg, ((span < len(start) - max(cuts))[..., None] & ~last[span]).to(x))   # 1: it teaches
+def shortcut_loss(
+    model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None, guidance: float = 1.0
+) -> tuple[Tensor, dict]:
+    """A large step of the few-step mode must land where smaller steps land (ShortCut, section 3.3).
+
+    The large steps are those of the sampler's grids of 4 and 8 steps (our choice: longer ones
+    damage both modes). Each is halved before the warp. A step of 4 is taught by two half steps of
+    the few-step mode. A step of 8 is taught by one whole step at the velocity that the multi-step
+    mode has half way (our choice: plain Euler steps lose energy). The last step of a grid differs,
+    because it removes the last noise: audio's is taught by two half steps, and video's by one step
+    of the multi-step mode from an earlier time (our choice: against flicker).
+    """
+    cfg = model.cfg
+    b, s = x.shape[:2]
+    teacher = teacher or model
+
+    # 1. Draw a step of one of the grids for each chunk; as many of either grid.
+    grid4, grid8 = progress(cfg, 4), progress(cfg, 8)  # (5, 2) and (9, 2)
+    start = torch.cat([grid4[:-1], grid4[:-1], grid8[:-1]])
+    stop = torch.cat([grid4[1:], grid4[1:], grid8[1:]])
+    chosen = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(
+        cfg.chunk, 1
+    )  # (B, S)
+    is_last_of_video = (stop == 1) & torch.tensor([True, False])  # (steps, 2)
+    teacher_start = torch.where(is_last_of_video, start.clamp(max=0.9), start)
+    half = (teacher_start + stop) / 2
+    middle = torch.where(is_last_of_video, teacher_start, half)
+    corners = torch.stack([start, teacher_start, middle, stop])[:, chosen]  # (4, B, S, 2)
+    t, t_begin, t_middle, t_end = warp(corners, cfg.shifts).to(x)
+
+    # 2. Who teaches: the few-step mode (1) the steps of 4, the multi-step mode (0) all others. Only
+    #    the multi-step mode is guided: the few-step mode has learned guidance already.
+    is_of_grid4 = (chosen < len(start) - len(grid8[:-1]))[..., None]
+    few = (is_of_grid4 & ~is_last_of_video[chosen]).to(x)  # (B, S, 2)
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * few
-    halves, noise, times = few.maximum((times[2] == 1).to(x)), torch.randn_like(x), torch.stack(times)
-    def predict(z, k):
-        return guided(teacher, z, times[k], times.diff(dim=0)[k] * few, controls, history, scale)
+    # 1: two half steps, one after the other. 0: one whole step at the velocity half way.
+    two_halves = few.maximum((t_end == 1).to(x))
+
+    # 3. Without gradient, the teacher goes from x_t at t_begin to t_end.
+    noise = torch.randn_like(x)
+    times = torch.stack([t_begin, t_middle, t_end])
+
+    def predict(state, k):
+        d = (times[k + 1] - times[k]) * few
+        return guided(teacher, state, times[k], d, controls, history, scale)
+
     with torch.no_grad():
-        middle = denoise(predict, z := add_noise(x, noise, times[0]), times[:2])[-1]
-        begin, since = z.lerp(middle, halves), times[0].lerp(times[1], halves)       # midpoint: from z
-        end = begin + (predict(middle, 1) - middle) * ((times[2] - since) / (1 - times[1]))
-        x_t, d = add_noise(x, noise, t), times[2] - t
-        target = x_t + (end - x_t) * (1 - t) / d                      # the x_hat whose step d lands on end
-    return mean_error("shortcut", cfg, (model(x_t, t, d, controls, history) - target).square())
+        x_begin = add_noise(cfg, x, noise, t_begin)
+        x_middle = denoise(cfg, predict, x_begin, times[:2])[-1]
+        v_middle = (predict(x_middle, 1) - x_middle) / each_value(cfg, 1 - t_middle)
+        x_from = x_begin.lerp(x_middle, each_value(cfg, two_halves))
+        t_from = t_begin.lerp(t_middle, two_halves)
+        x_end = x_from + each_value(cfg, t_end - t_from) * v_middle
+        # 4. The x_pred with which one step from x_t at t lands on x_end.
+        x_t, d = add_noise(cfg, x, noise, t), t_end - t
+        target = x_t + (x_end - x_t) * each_value(cfg, (1 - t) / d)
+    error = model(x_t, t, d, controls, history) - target
+    return mean_error("shortcut", cfg, error.square())
 
 
-def dmd_loss(model, states: list[Tensor], history: Tensor, controls: Controls, *, real, fake, times: Tensor,
-             made: Tensor, guidance: float = 1.0, chunk: int | None = None) -> tuple[Tensor, dict]:
-    """Move the few-step sampler's films toward the real score, away from their own (DMD, section 3.3).
-    states: all states of the sampler on times, made on the history without gradient; made (S,): its own
-    latent steps. One step k is taken again with gradient, at the sampler's own d_k (our choice). chunk:
-    None, or the whole clip, of which bidirectional scores see no history (Self-Forcing's teacher)."""
-    cfg, (chunk, seen) = model.cfg, (chunk, None) if chunk else (model.cfg.chunk, history)
-    k, power = int(torch.randint(len(times) - 1, ())), each_value(cfg, torch.tensor([1 / 2, 0]))
-    t, d, power = (x.to(states[0]) for x in (times[k], times[k + 1] - times[k], power))
-    moved = model(states[k], t, d, controls, history) * (d / (1 - t)) ** power  # our choice: d / (1 - t)
-    x_hat = states[-1] + moved - moved.detach()            # of it enters the state; later steps leave about
-    with torch.no_grad():                                  # the root; the sound's counts whole, for letters
-        t = draw_times(cfg, x_hat, chunk)
-        x_t = add_noise(x_hat, torch.randn_like(x_hat), t)
-        x_real = guided(real, x_t, t, torch.zeros_like(t), controls, seen, guidance, chunk)
-        x_fake = fake(x_t, t, torch.zeros_like(t), controls, seen, chunk)
-        gap = torch.stack([part.abs().mean(-1) for part in cut_branches(cfg, x_hat - x_real)], -1)
-        gap = gap.unflatten(1, (-1, chunk)).mean(2).repeat_interleave(chunk, 1)        # by chunk and branch
-        target = x_hat - (x_fake - x_real) / each_value(cfg, gap.clamp(min=0.2))       # our choice: 5 at most
-    return mean_error("dmd", cfg, 0.5 * (x_hat - target).square(), made=made)
+def dmd_loss(
+    model,
+    states: list[Tensor],
+    history: Tensor,
+    controls: Controls,
+    *,
+    real,
+    fake,
+    times: Tensor,
+    frames: Tensor,
+    guidance: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Tensor, dict]:
+    """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
+
+    states: all states of the sampler on `times`, generated on this history without gradient;
+    frames: bool (S,), the latent frames that it generated. One denoising step k is taken again with
+    gradient (our choice). chunk: None, or the length of a clip, for bidirectional scores
+    (Self-Forcing's teacher).
+    """
+    cfg = model.cfg
+    score_history = history if chunk is None else None
+    chunk = chunk or cfg.chunk
+
+    # 1. Take step k again. Of its x_pred, d / (1 - t) enters the state; of that, later steps leave
+    #    about the root. Video's gradient is scaled so, audio's is not, for clearer letters (our
+    #    choice).
+    k = int(torch.randint(len(times) - 1, ()))
+    t, d = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
+    power = torch.tensor([0.5, 0.0]).to(t)
+    x_pred = model(states[k], t, d, controls, history) * each_value(cfg, (d / (1 - t)) ** power)
+    x_own = states[-1] + x_pred - x_pred.detach()
+
+    # 2. Noise the film again; the gradient is the difference of the two scores there.
+    with torch.no_grad():
+        t = draw_times(cfg, x_own, chunk)
+        x_t = add_noise(cfg, x_own, torch.randn_like(x_own), t)
+        zero = torch.zeros_like(t)
+        x_real = guided(real, x_t, t, zero, controls, score_history, guidance, chunk)
+        x_fake = fake(x_t, t, zero, controls, score_history, chunk)
+        # Divided by the mean error of the real score, for each chunk and branch, and at least 0.2.
+        errors = [part.abs().mean((2, 3)) for part in split(cfg, x_own - x_real)]
+        scale = torch.stack(errors, -1).unflatten(1, (-1, chunk)).mean(2).clamp(min=0.2)
+        scale = each_value(cfg, scale.repeat_interleave(chunk, 1))
+        target = x_own - (x_fake - x_real) / scale
+    return mean_error("dmd", cfg, 0.5 * (x_own - target).square(), frames=frames)
 
 
 @torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
-    """The few-step mode's own films of clips x (B, S, E), made through the streaming cache: all states of its
-    sampler (see generate), and bool (S,), the latent steps that it made. history: "real" is teacher forcing;
-    "few" its own, after one real chunk, or, of four or more, two at random (our choice; a lone one stays)."""
-    c, chunks = model.cfg.chunk, x.shape[1] // model.cfg.chunk
-    given = max(1, min(int(torch.randint(1, 3, ())), chunks - 2)) if history == "few" else 0
-    films = generate(model, controls, chunks, times, clips=x, given=given, forced=history == "real")
-    made = torch.arange(x.shape[1], device=x.device) >= given * c
-    return [torch.cat(state, 1) for state in zip(*films)], made
+    """The few-step mode's own films of the clips x (B, S, E), through the streaming cache.
+
+    history: "few" continues its own films after one real chunk or, of four or more, one or two at
+    random; "real" (teacher forcing) generates every chunk on real history. Returns all states of
+    the sampler (see generate), and bool (S,): the latent frames that were generated.
+    """
+    chunk = model.cfg.chunk
+    chunks = x.shape[1] // chunk
+    num_real = 0
+    if history == "few":
+        num_real = max(1, min(int(torch.randint(1, 3, ())), chunks - 2))
+    films = generate(
+        model,
+        controls,
+        chunks,
+        times,
+        clips=x,
+        num_real_chunks=num_real,
+        teacher_forcing=history == "real",
+    )
+    states = [torch.cat(parts, 1) for parts in zip(*films)]
+    return states, torch.arange(x.shape[1], device=x.device) >= num_real * chunk
 
 
-def mutual_forcing_loss(model, x: Tensor, controls: Controls, *, teacher, real, fake, history: str = "few",
-                        flow: float = 0.3, shortcut: float = 2 / 3, dmd: float = 1 / 3, steps: int = 4,
-                        guidance: float = 1.0, score_chunk: int | None = None) -> tuple[dict, dict]:
-    """Dual-mode self-evolution on real clips x (B, S, E) (section 3.3). teacher: the model's slow copy, whose
-    two modes teach (our choice: EMA weights). real: DMD's real score, the teacher or Self-Forcing's, whose
-    chunk is then score_chunk. fake: the online fake-score model. history: "few" is self-made, "real" is
-    teacher forcing. steps: of rollout and DMD. Our choice: rows are dealt to the objectives in turn (too few
-    serve twice), and flow weighs less (at 1 its noise drowns the others). Returns {term: loss}, and logs."""
-    b, times = len(x), time_grid(model.cfg, steps).to(x)
-    weights = {name: w for name, w in (("flow", flow), ("shortcut", shortcut), ("dmd", dmd)) if w}
-    rows = {n: torch.arange(i, max(b, i + 1), len(weights)) % b for i, n in enumerate(weights)}
+WEIGHTS = {"flow": 0.3, "shortcut": 2 / 3, "dmd": 1 / 3}  # the paper's, but for flow: see below
 
-    # 1. The few-step mode rolls out the history, without gradient: DMD's films from noise, others from the
-    #    real chunks at late times of the grid (our choice: after one that wanders the real chunk is a jump).
-    if history == "few" or dmd:
-        begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)   # (B, 1, E)
+
+def mutual_forcing_loss(
+    model,
+    x: Tensor,
+    controls: Controls,
+    *,
+    teacher,
+    real,
+    fake,
+    weights: dict = WEIGHTS,
+    extra: dict | None = None,
+    history: str = "few",
+    steps: int = 4,
+    guidance: float = 1.0,
+    score_chunk: int | None = None,
+) -> tuple[dict, dict]:
+    """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
+
+    teacher: the model's EMA copy, whose two modes teach (our choice). real: DMD's real score, the
+    teacher or another model (Self-Forcing's, whose chunk is score_chunk). fake: the online
+    fake-score model, or None if DMD weighs 0. weights: {term: weight}; a term of weight 0 is not
+    computed. extra: a fork's own objectives, {term: (weight, loss)} with loss(model, x, history,
+    controls) -> (loss, logs). history: "few" is self-made, "real" is teacher forcing. steps: of the
+    rollout and of DMD. Our choice: the rows of the batch are dealt to the terms in turn, which
+    makes a step three times cheaper, and flow matching weighs less, because its noise is larger.
+    Raises UserError for clips of fewer than two chunks, an unknown history or an unknown term.
+    """
+    cfg = model.cfg
+    if x.shape[1] < 2 * cfg.chunk:
+        raise UserError("clips must be at least two chunks long: one real, one to generate")
+    if history not in ("few", "real"):
+        raise UserError(f"history must be few or real, not {history!r}")
+    if weights.keys() - WEIGHTS or (extra or {}).keys() & {*WEIGHTS, "fake"}:
+        raise UserError(f"weights are of {', '.join(WEIGHTS)}; extra objectives have other names")
+    b, times, extra = len(x), time_grid(cfg, steps).to(x), extra or {}
+    weights = weights | {term: weight for term, (weight, _) in extra.items()}
+    terms = [term for term, weight in weights.items() if weight]
+    rows = {}
+    for i, term in enumerate(terms):
+        rows[term] = torch.arange(i, max(b, i + 1), len(terms)) % b  # too few rows serve twice
+    losses, logs = {}, {}
+
+    # 1. The few-step mode generates the history, without gradient. DMD's films begin from noise,
+    #    the others from the real chunk at a late time of the grid (our choice: a film that has left
+    #    its clip makes the real next chunk an impossible target).
+    states, generated, past = None, None, x
+    if history == "few" or "dmd" in rows:
+        begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)  # (B, 1, 2)
         begin[rows.get("dmd", [])] = 0
-        states, made = rollout(model, x, controls, torch.maximum(times, begin), history)
-    past = states[-1] if history == "few" else x
-    clips = {n: (x[r], past[r], controls.each(lambda c: c[r])) for n, r in rows.items()}
+        states, generated = rollout(model, x, controls, torch.maximum(times, begin), history)
+        past = states[-1] if history == "few" else x
+
+    def given(term):  # the term's rows of clips, history and controls
+        return x[rows[term]], past[rows[term]], controls.map(lambda c: c[rows[term]])
 
     # 2. The multi-step mode learns the real chunk, given that history.
-    losses, logs = {}, {}
-    if flow:
-        losses["flow"], logs = flow_matching_loss(model, *clips["flow"])
-
-    # 3. The multi-step mode teaches the few-step mode its interval displacement.
-    if shortcut:
-        losses["shortcut"], new = shortcut_loss(model, *clips["shortcut"], teacher=teacher, guidance=guidance)
+    if "flow" in rows:
+        losses["flow"], new = flow_matching_loss(model, *given("flow"))
         logs |= new
 
-    # 4. The few-step mode's own films move toward the real score; the fake score follows them.
-    if dmd:
-        own, (_, seen, said) = [state[rows["dmd"]] for state in states], clips["dmd"]
-        losses["dmd"], new = dmd_loss(model, own, seen, said, real=real, fake=fake, times=times, made=made,
-                                      guidance=guidance, chunk=score_chunk)
-        losses["fake"], fakes = flow_matching_loss(fake, own[-1], seen if score_chunk is None else None, said,
-                                                   made=made, chunk=score_chunk)
-        logs |= new | {f"fake_{name}": fakes[f"flow_{name}"] for name in BRANCHES}
-    return {name: weights.get(name, 1) * loss for name, loss in losses.items()}, logs
+    # 3. The multi-step mode teaches the few-step mode to take large steps.
+    if "shortcut" in rows:
+        options = {"teacher": teacher, "guidance": guidance}
+        losses["shortcut"], new = shortcut_loss(model, *given("shortcut"), **options)
+        logs |= new
+
+    # 4. The few-step mode's films move toward the real score, and the fake score follows the films.
+    if "dmd" in rows:
+        _, own_history, own_controls = given("dmd")
+        own = [state[rows["dmd"]] for state in states]
+        options = {"real": real, "fake": fake, "guidance": guidance, "chunk": score_chunk}
+        options |= {"times": times, "frames": generated}
+        losses["dmd"], new = dmd_loss(model, own, own_history, own_controls, **options)
+        score_history = own_history if score_chunk is None else None
+        losses["fake"], fake_logs = flow_matching_loss(
+            fake, own[-1], score_history, own_controls, frames=generated, chunk=score_chunk
+        )
+        logs |= new | {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
+
+    # 5. A fork's own objectives.
+    for term, (_, loss) in extra.items():
+        if term in rows:
+            losses[term], new = loss(model, *given(term))
+            logs |= new
+    return {term: weights.get(term, 1) * loss for term, loss in losses.items()}, logs
 
 
-# ---- Checkpoints: a dict of tensors and plain types, then its SHA-256; renamed when whole, safe to read. ---
+# ---- Checkpoints: one dict of tensors and plain types, followed by its SHA-256 -------------------
 
 FORMAT = "mutual-forcing-4"
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint cannot be used; the message says why, in one line."""
 
 
 def replace_file(path, data: bytes) -> None:
-    """Write a file: path holds the old bytes or the new, never a half."""
+    """Write a file so that path holds the old bytes or the new ones, never a half."""
     part = Path(f"{path}.unfinished")
     try:
         part.write_bytes(data)
@@ -858,43 +1287,92 @@ def replace_file(path, data: bytes) -> None:
 
 def save_file(path, content: dict) -> None:
     """Write a dict of tensors and plain types, with its checksum."""
-    torch.save(content, data := io.BytesIO())
-    replace_file(path, data.getvalue() + hashlib.sha256(data.getvalue()).digest())
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    data = buffer.getvalue()
+    replace_file(path, data + hashlib.sha256(data).digest())
 
 
 def load_file(path) -> dict:
-    """Read what save_file wrote. Raises CheckpointError for anything else; never runs code from the file."""
+    """Read what save_file() wrote; runs no code from it. Raises CheckpointError."""
     try:
         data = Path(path).read_bytes()
-        if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-            raise EOFError
-        content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from None
-    except Exception:  # EOFError, RuntimeError, UnpicklingError, ...
-        raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one") from None
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one")
+    try:
+        content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this project") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this version ({FORMAT})")
     return content
 
 
-def save_checkpoint(path, model, extra: dict | None = None) -> None:
-    """Store a model's config and its weights in half precision, with extra plain figures."""
-    save_file(path, {"format": FORMAT, "config": asdict(model.cfg), "extra": extra or {},
-                     "weights": {name: x.half() for name, x in model.state_dict().items()}})
+def save_checkpoint(path, model: AudioVideoTransformer, extra: dict | None = None) -> None:
+    """Store a model's config and its weights in half precision, with extra plain values.
+
+    Raises CheckpointError, and writes nothing, for weights that are not finite in half precision.
+    """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    weights = {name: x.half() for name, x in model.state_dict().items()}
+    for name, x in weights.items():
+        if not x.isfinite().all():
+            raise CheckpointError(f"{name} is not finite in half precision; {path} is not written")
+    config = asdict(model.cfg)
+    save_file(path, {"format": FORMAT, "config": config, "extra": extra or {}, "weights": weights})
 
 
-def load_checkpoint(path) -> tuple["AudioVideoTransformer", dict]:
-    """(model in fp32, ready for sampling; extra). Raises CheckpointError, with one line that says why."""
+def load_checkpoint(path) -> tuple[AudioVideoTransformer, dict]:
+    """(model in fp32 on the CPU, ready for sampling; extra). Raises CheckpointError."""
     content = load_file(path)
+    config, weights = content.get("config"), content.get("weights")
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        raise CheckpointError(f"{path}: holds no model")
+    unknown = sorted(config.keys() - {field.name for field in fields(Config)})
+    if unknown:
+        raise CheckpointError(f"{path}: its config has unknown sizes {unknown}")
     try:
-        cfg, weights, extra = Config(**content["config"]), content["weights"], {**content["extra"]}
-        values = sum(math.inf if x.is_complex() else x.numel() for x in weights.values())
-        if values > Path(path).stat().st_size or not all(x.isfinite().all() for x in weights.values()):
-            raise ValueError                                           # a small file may not cost much memory
-        with torch.device("meta"):
-            model = AudioVideoTransformer(cfg)
-        model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
-    except Exception:  # whatever a foreign configuration or foreign weights may raise
-        raise CheckpointError(f"{path}: its sizes or weights do not fit this version, or are NaN") from None
-    return model.eval().requires_grad_(False), extra
+        cfg = Config(**config)
+    except UserError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = AudioVideoTransformer(cfg)
+    expected = model.state_dict()
+    missing, unexpected = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
+    if missing or unexpected:
+        raise CheckpointError(f"{path}: missing weights {missing}, unexpected weights {unexpected}")
+    for name, x in weights.items():
+        if not torch.is_tensor(x) or x.shape != expected[name].shape:
+            sizes = tuple(expected[name].shape)
+            raise CheckpointError(f"{path}: {name} is not a tensor of {sizes}")
+        if not x.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite")
+    model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
+    return model.eval().requires_grad_(False), content.get("extra", {})
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of this name; None: cuda, else mps, else cpu. Raises UserError."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: PyTorch cannot use it here") from error
+
+
+def native_precision(device) -> torch.dtype:
+    """bf16 where the device multiplies it natively, else fp32: a rule, no measurement."""
+    native = False
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.device(device).type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32

@@ -1,0 +1,1 @@
+"""What is asked of a model: quality (evaluate), speed (benchmark) and the paper's claims (claims)."""

@@ -1,0 +1,347 @@
+"""The paper's claims, arm by arm: `python -m lab.claims --init runs/talker/joint.pt`.
+
+An arm is a way of training: options of train.py, which runs in this process. Its scores are those
+of lab.evaluate; they go into a JSON file, and as tables into the Markdown file beside it. What is
+trained or scored already is not made again, so the same command goes on after an interruption.
+"""
+
+import argparse
+import hashlib
+import json
+import statistics
+import sys
+from itertools import groupby, product
+from pathlib import Path
+from typing import NamedTuple
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch.nn.modules.module import register_module_forward_pre_hook
+from tqdm import tqdm
+
+import mutual_forcing as mf
+import train
+from data.batches import Batches, film_batch
+from data.codecs import make_codecs
+from data.talker import talk
+from lab.evaluate import FIGURES, evaluate, markdown, windows_of
+from mutual_forcing import UserError
+
+
+class Arm(NamedTuple):
+    """A way of training, and its scores."""
+
+    options: str  # of train.py; {init}: --init, {cfg}: its sizes, {needs}: the arm that it needs
+    scores: list  # see SCORE
+    seeds: int = 3  # at most so many
+    needs: str | None = None  # an arm that is trained before, with the same seed
+
+
+SCORE = ("mode", "steps", "guidance", "seconds")  # how the films of a score are made
+FAST = [("few", 4, 1.0, 25.0), ("few", 8, 1.0, 25.0)]
+MORE = [("few", steps, 1.0, 25.0) for steps in (1, 2, 16)]
+MULTI = [("multi", 50, 1.0, 25.0)]
+GUIDED = [("multi", 50, 5.0, 25.0)]
+LONG = [("few", 4, 1.0, 60.0), ("few", 4, 1.0, 600.0)]
+STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
+STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 "
+REAL = STAGE_3 + "--history real "
+SELF_FORCING = STAGE_3 + "--flow 0 --shortcut 0 --dmd 1 --teacher {needs} "
+VIDEO, AUDIO, JOINT = (train.STAGES[stage].steps for stage in ("video", "audio", "joint"))
+# At equal compute (measured: a step of video takes 0.6 of the time of a joint step, of audio 0.3).
+ONE_STAGE = f"--stage joint --steps {JOINT + round(0.6 * VIDEO + 0.3 * AUDIO)} "
+ONE_STAGE += "--config width={cfg.width} layers={cfg.layers} heads={cfg.heads} window={cfg.window} "
+ARMS = {
+    "two-stages": Arm("", FAST + MULTI, 1),  # --init itself
+    "one-stage": Arm(ONE_STAGE, FAST + MULTI, 1),
+    # Stage 2 continued, in all else like the other arms of stage 3.
+    "control": Arm(REAL + "--flow 1 --shortcut 0 --dmd 0 ", FAST + MULTI + GUIDED + LONG),
+    "hybrid": Arm(STAGE_3, FAST + MORE + MULTI + LONG),
+    "shortcut": Arm(STAGE_3 + "--shortcut 1 --dmd 0 ", FAST),
+    "dmd": Arm(STAGE_3 + "--shortcut 0 --dmd 1 ", FAST),
+    "hybrid-real": Arm(REAL, FAST + LONG),
+    "shortcut-real": Arm(REAL + "--shortcut 1 --dmd 0 ", FAST, 1),
+    "dmd-real": Arm(REAL + "--shortcut 0 --dmd 1 ", FAST, 1),
+    "teacher": Arm(STAGE_2 + "--whole --batch 4 --seconds 3 ", []),  # it cannot stream
+    "self-forcing": Arm(SELF_FORCING, FAST, 3, "teacher"),
+    "self-forcing-slow": Arm(SELF_FORCING + "--lr 5e-5 ", FAST, 1, "teacher"),
+    "clips-of-1s": Arm(STAGE_2 + "--batch 12 --seconds 1 ", FAST, 1),
+    "clips-of-3s": Arm(STAGE_2 + "--batch 4 --seconds 3 ", FAST, 1),
+    "guidance-5": Arm(STAGE_3 + "--guidance 5 ", FAST, 1),
+}
+SCORED = [name for name, arm in ARMS.items() if arm.scores]
+BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the Markdown file
+
+
+def checksums(init: Path) -> dict:
+    """Of what all results rest on: --init, and the code of the method and of the scores."""
+    root, code = Path(__file__).parents[1], hashlib.sha256()
+    files = [
+        root / name for name in ("mutual_forcing.py", "train.py", "lab/evaluate.py", "lab/ruler.py")
+    ]
+    for path in files + sorted((root / "data").glob("*.py")):
+        code.update(path.name.encode() + path.read_bytes())
+    return {"init": hashlib.sha256(init.read_bytes()).hexdigest(), "code": code.hexdigest()}
+
+
+def options_of(name: str, args) -> str:
+    """An arm's options of train.py before paths are filled in; of equal ones the last counts."""
+    given = {"steps": args.steps, "batch": args.batch}
+    words = [f"--{option} {value}" for option, value in given.items() if value is not None]
+    return ARMS[name].options + " ".join(words) if ARMS[name].options else ""
+
+
+def train_arm(name: str, seed: int, args, make_codecs) -> Path:
+    """Train an arm, after the one that it needs, unless its checkpoint is complete. Returns that.
+
+    Raises UserError if train.py fails, KeyboardInterrupt if it was interrupted.
+    """
+    options = options_of(name, args)
+    if not options:
+        return args.init
+    # What another --init, other code or other options made is in another folder.
+    key = hashlib.sha256(f"{args.checksums} {options}".encode()).hexdigest()[:8]
+    folder = args.out / f"{name}-{seed}-{key}"
+    parsed = train.build_parser().parse_args(options.split())
+    checkpoint = folder / f"{parsed.stage}.pt"
+    steps = train.plan_of(parsed, parsed.stage).steps
+    if checkpoint.exists() and mf.load_checkpoint(checkpoint)[1]["step"] >= steps:
+        return checkpoint
+    needs = ARMS[name].needs and train_arm(ARMS[name].needs, seed, args, make_codecs)
+    words = [word.format(init=args.init, cfg=args.cfg, needs=needs) for word in options.split()]
+    words += ["--seed", str(seed), "--out", str(folder), "--device", str(args.device)]
+    words.append("--resume" if (folder / "resume.pt").exists() else "--overwrite")
+    code = train.main(words, make_codecs)
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise UserError(f"arm {name}, seed {seed}: train.py failed, as it says above")
+    return checkpoint
+
+
+@torch.no_grad()
+def likeness(model, codecs) -> list[float]:
+    """How alike the two modes are: cosine of attention outputs on the same chunks, by layer."""
+    cfg, cosines = model.cfg, []
+    seed = [0, len(train.STAGES), 0]  # no stage draws these films
+    films, chance = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8, 1)[0]
+    x, controls = film_batch(model, codecs, films, chance, 0.5)
+    t, stop = mf.time_grid(cfg, 4).to(x)[1:3]
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    x_t = mf.add_noise(cfg, x, noise, t)
+    # One batch for both modes: the few-step mode's half, then the multi-step mode's.
+    d = torch.cat([stop - t, 0 * t]).repeat_interleave(len(x), 0)
+    controls = controls.map(lambda c: torch.cat([c, c]))
+    outs = [side.out for side in (*model.video.sides, *model.audio.sides)]
+
+    def compare(module, inputs):
+        if module in outs:
+            few, multi = inputs[0].chunk(2)
+            cosines.append(torch.cosine_similarity(few, multi, -1).mean().item())
+
+    with register_module_forward_pre_hook(compare):
+        model(x_t.repeat(2, 1, 1), t, d, controls, x.repeat(2, 1, 1))
+    # Of each layer: the first frame, the history's video and audio, the noised video and audio.
+    return [round((cosines[i + 3] + cosines[i + 4]) / 2, 4) for i in range(0, len(cosines), 5)]
+
+
+def draw_strip(model, codecs, name: str, seconds: float) -> bytes:
+    """A PNG: three characters, each after 2 seconds and at the end, below the name of the arm."""
+    cfg, shots = model.cfg, []
+    for character in cfg.characters[:3]:
+        words = {"transcript": "the quick brown fox jumps " * 6, "character": character}
+        film = mf.stream(model, codecs, seconds=seconds + 0.5, **words)
+        frames = np.concatenate([frames for frames, _ in film])
+        shots += [frames[2 * cfg.fps], frames[int(seconds * cfg.fps)]]
+    strip = np.concatenate(shots, 1).repeat(2, 0).repeat(2, 1)
+    label = Image.new("RGB", (strip.shape[1], 16), "white")
+    ImageDraw.Draw(label).text((4, 2), f"{name}: 2 s and {seconds:g} s", "black")
+    return iio.imwrite("<bytes>", np.concatenate([label, strip]), extension=".png")
+
+
+def jobs_of(args) -> list[dict]:
+    """All scores asked for, as parts of their rows; the first seed of each arm comes first."""
+    jobs = []
+    for seed, name in product(range(args.seeds), args.arms or SCORED):
+        for score in ARMS[name].scores if seed < ARMS[name].seeds else ():
+            job = {"arm": name, "seed": seed} | dict(zip(SCORE, score))
+            job["seconds"] = min(job["seconds"], args.seconds)
+            job["talkers"] = min(args.talkers, 4) if job["seconds"] > 60 else args.talkers
+            jobs.append(job)
+    return jobs
+
+
+def score_arm(job: dict, args, results: dict, make_codecs) -> None:
+    """Train an arm, if need be, and enter one of its scores in the results."""
+    name, seed = job["arm"], str(job["seed"])
+    model = mf.load_checkpoint(train_arm(name, job["seed"], args, make_codecs))[0].to(args.device)
+    codecs = make_codecs(model.cfg, args.device)
+    arm = results["arms"].setdefault(name, {"options": options_of(name, args), "alike": {}})
+    if seed not in arm["alike"]:
+        arm["alike"][seed] = likeness(model, codecs)
+        if seed == "0":
+            strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
+            mf.replace_file(args.out / f"{name}.png", strip)
+    films = {"seconds": job["seconds"], "talkers": job["talkers"]}
+    how = {"settings": {job["mode"]: job["steps"]}, "guidance": job["guidance"]}
+    for row in evaluate({name: model}, codecs, **how, **films)["rows"]:
+        key = {"arm": row.pop("checkpoint"), "seed": job["seed"] if row["mode"] else None} | films
+        key |= {name: row[name] for name in ("mode", "steps", "guidance", "control")}
+        if not holds(results, key):  # ground truth comes with every score
+            results["rows"].append(key | row)
+
+
+def holds(results: dict, key: dict) -> bool:
+    """Whether one of the rows has these values."""
+    return any(key.items() <= row.items() for row in results["rows"])
+
+
+def load_results(path: Path) -> dict:
+    """Raises UserError for another kind of file, OSError if there is none."""
+    try:
+        results = json.loads(path.read_text())
+        return {name: results[name] for name in ("init", "code", "mixed", "arms", "rows")}
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: not results of lab.claims") from error
+
+
+def open_results(args) -> dict:
+    """The results so far, if any. Raises UserError if they rest on other things than now."""
+    results = args.checksums | {"mixed": False, "arms": {}, "rows": []}
+    if args.results.exists():
+        results = load_results(args.results)
+    others = [name for name, now in args.checksums.items() if results[name] != now]
+    for name, arm in results["arms"].items():
+        if name in ARMS and arm["options"] != options_of(name, args):
+            others.append(f"training of {name}")
+    if others and not args.mix:
+        raise UserError(f"{args.results}: of another {others[0]}; --mix adds to it even so")
+    return results | args.checksums | {"mixed": results["mixed"] or bool(others)}
+
+
+def store(results: dict, path: Path) -> None:
+    """Write the results, and their tables between two comments of the Markdown file beside them."""
+    page = path.with_suffix(".md")
+    text = page.read_text() if page.exists() else f"{BEGIN}\n{END}\n"
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{page}: its tables go between {BEGIN} and {END}, which it lacks")
+    mf.replace_file(path, json.dumps(results, indent=0).encode())
+    mf.replace_file(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{after}".encode())
+
+
+def mean(values) -> str:
+    """Figures of several seeds -> their mean and their spread, a standard deviation."""
+    values = [value for value in values if value is not None]
+    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3g}{spread}" if values else "-"
+
+
+def table(rows: list[dict]) -> str:
+    """Rows of the same films -> a line for each arm and way of sampling; a number a window."""
+    columns, groups, lines = ("arm", "mode", "steps", "guidance"), {}, []
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in columns), []).append(row)
+    for key, seeds in groups.items():
+        line = dict(zip(columns, key)) | {"seeds": len(seeds) if key[1] else None}
+        for name in FIGURES:
+            if rows[0][name][0] is not None:  # else it does not apply to these films
+                by_window = zip(*[row[name] for row in seeds])
+                line[name] = " / ".join([mean(values) for values in by_window])
+        lines.append(line)
+    return markdown(lines)
+
+
+def tables(results: dict) -> str:
+    """All results as Markdown, means over seeds."""
+    parts = [f"Of checkpoint `{results['init'][:12]}` and code `{results['code'][:12]}`."]
+    if results["mixed"]:
+        parts.append("Mixed with results of another checkpoint, code or training.")
+
+    def films_of(row):
+        return row["control"] != "spoken", row["seconds"], row["talkers"]
+
+    def place(row):
+        order = ["ground truth", "shuffled sound", *ARMS, row["arm"]]
+        return *films_of(row), order.index(row["arm"])
+
+    rows = sorted(results["rows"], key=place)
+    for (is_babbling, seconds, talkers), same in groupby(rows, films_of):
+        windows = " / ".join([f"{begin}-{end}" for begin, end in windows_of(seconds)])
+        title = "Babbling" if is_babbling else "Spoken"
+        title = f"### {title}, {talkers} talkers, films of {seconds:g} s: seconds {windows}"
+        parts += [title, table(list(same))]
+    lines = []
+    for name, arm in results["arms"].items():
+        layers = [mean(values) for values in zip(*arm["alike"].values())]
+        lines.append({"arm": name, "cosine by layer": " / ".join(layers)})
+    if lines:
+        parts += ["### How alike the two modes are", markdown(lines)]
+    return "\n\n".join(parts)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    about = "Train and score the paper's claims, arm by arm."
+    parser = argparse.ArgumentParser("lab.claims", description=about)
+    add = parser.add_argument
+    add("--init", type=Path, help="the end of stage 2, which the arms start from")
+    add("--out", type=Path, default=Path("runs/claims"), help="folder; default %(default)s")
+    add("--results", type=Path, default=Path("docs/results.json"), help="default %(default)s")
+    add("--seeds", type=int, default=1, help="of each arm, at most what ARMS says; default 1")
+    add("--arms", nargs="+", choices=SCORED, metavar="NAME", help=", ".join(SCORED))
+    add("--steps", type=int, help="training steps of every arm; default: see ARMS")
+    add("--batch", type=int, help="films of a training step; default: see ARMS")
+    add("--talkers", type=int, default=16, help="films to score; long ones: 4 at most; default 16")
+    add("--seconds", type=float, default=600.0, help="length of scored films, at most")
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--mix", action="store_true", help="add to results of another --init, code or training")
+    add("--tables", action="store_true", help="only print the tables of --results")
+    return parser
+
+
+def run(args, make_codecs) -> None:
+    """Train and score what is missing; draw the picture of the arms. Raises UserError, OSError."""
+    if not args.init or args.seeds < 1 or args.talkers < 2 or args.seconds < 5:
+        raise UserError("needs --init; --seeds from 1, --talkers from 2, --seconds from 5")
+    args.device, args.checksums = mf.find_device(args.device), checksums(args.init)
+    args.init, args.out = args.init.resolve(), args.out.resolve()
+    model, extra = mf.load_checkpoint(args.init)
+    args.cfg = model.cfg
+    if extra.get("stage") != "joint" or extra.get("whole"):
+        raise UserError(f"{args.init}: not the end of stage 2")
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = open_results(args)
+    store(results, args.results)  # an error comes now, and not after hours
+    for job in tqdm(jobs_of(args), "scores", disable=None):
+        if not holds(results, job):
+            score_arm(job, args, results, make_codecs)
+            store(results, args.results)
+    strips = [args.out / f"{name}.png" for name in SCORED]
+    pictures = [iio.imread(path) for path in strips if path.exists()]
+    if pictures:
+        picture = iio.imwrite("<bytes>", np.concatenate(pictures), extension=".png")
+        mf.replace_file(args.out / "arms.png", picture)
+
+
+def main(argv=None, make_codecs=make_codecs) -> int:
+    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        if args.tables:
+            print(tables(load_results(args.results)))
+        else:
+            run(args, make_codecs)
+        return 0
+    except (UserError, OSError) as error:
+        print(f"lab.claims: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,223 @@
+"""Score checkpoints with the ruler (lab/ruler.py): `python -m lab.evaluate CHECKPOINT`.
+
+Beside the checkpoints' rows stand those of ground truth, and of ground truth with the sound of
+another talker.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import mutual_forcing as mf
+from data.batches import frames_of
+from data.clips import drawer, load_clips
+from data.codecs import Film, encode_films, make_codecs, stack
+from data.talker import talk
+from lab.ruler import FIGURES, OF_CLIPS, WINDOWS, Ruler, score, windows_of
+from mutual_forcing import Codecs, Config, UserError
+from sample import load_talker
+
+HELD_OUT = 2**40  # first word of the seeds that training never draws
+BATCH = 16  # films that a model makes at a time
+
+
+def held_out(cfg: Config, count: int, seconds: float, kind: int = 0, draw=talk) -> list[Film]:
+    """Films from seeds that training never sees; kind 0 to score, 1 as the distances' reference."""
+    rngs = [np.random.default_rng([HELD_OUT, kind, i]) for i in range(count)]
+    frames = frames_of(cfg, seconds)
+    return [draw(cfg, rng, frames) for rng in tqdm(rngs, "drawing", disable=None, leave=False)]
+
+
+def to_films(films: list[Film], cfg: Config) -> Film:
+    """Films of equal length -> one Film, stacked, its symbols (n, F) without the margins."""
+    stacked = Film(*[part.numpy() for part in stack(films)])
+    return stacked._replace(symbols=stacked.symbols[:, cfg.margin : -cfg.margin])
+
+
+def controls_of(model, codecs: Codecs, films: list[Film]) -> mf.Controls:
+    """What films are made from, on the model's device. Only the first latent frame is encoded."""
+    cfg, whole = model.cfg, stack(films)
+    samples = whole.samples[:, : cfg.step_sounds * cfg.hop]
+    start = whole._replace(frames=whole.frames[:, : cfg.step_frames], samples=samples)
+    _, controls = encode_films(cfg, codecs, Film(*[part.to(model.device) for part in start]))
+    return controls
+
+
+@torch.inference_mode()
+def remake(
+    model, codecs, films, *, few, steps, guidance, with_transcript, window=None, seed=0
+) -> Film:
+    """Films as a model makes them from their controls; every second one gets its first frame."""
+    cfg, frames, samples = model.cfg, [], []
+    chunks = len(films[0].frames) // cfg.chunk_frames
+    batches = range(0, len(films), BATCH)
+    bar = tqdm(total=len(batches) * chunks, unit="chunk", disable=None, leave=False)
+    for start in batches:
+        controls = controls_of(model, codecs, films[start : start + BATCH])
+        even = torch.arange(len(controls.character), device=model.device) % 2 == 0
+        controls = controls._replace(has_first_frame=even)
+        if not with_transcript:
+            controls = controls._replace(symbols=torch.full_like(controls.symbols, cfg.unknown))
+        noise = torch.Generator().manual_seed(seed + start)
+        options = {"few": few, "guidance": guidance, "window": window, "generator": noise}
+        pictures, sounds, state = [], [], None
+        for states in mf.generate(model, controls, chunks, mf.time_grid(cfg, steps), **options):
+            video, audio = mf.split(cfg, states[-1])
+            picture, state = codecs.video.decode_next(video, state)
+            pictures.append(picture.cpu())
+            sounds.append(audio.clone())  # a view would keep the video's latents, too
+            bar.update()
+        frames.append(torch.cat(pictures, 1).numpy())
+        samples.append(codecs.audio.decode(torch.cat(sounds, 1)).cpu().numpy())
+    bar.close()
+    made = {"frames": np.concatenate(frames), "samples": np.concatenate(samples)}
+    return to_films(films, cfg)._replace(**made)
+
+
+def evaluate(
+    models: dict,
+    codecs,
+    *,
+    talkers=32,
+    seconds=25.0,
+    settings=mf.DEFAULT_STEPS,
+    guidance=1.0,
+    window=None,
+    seed=0,
+    clips=None,
+) -> dict:
+    """Score models (name -> model), with and without transcript, as {"windows", "rows"}.
+
+    settings: mode -> evaluations a chunk. clips: a list of Films, instead of talkers.
+    Rows are also printed on stderr as they come. Raises UserError.
+    """
+    cfg = next(iter(models.values())).cfg
+    for name, model in models.items():
+        own = {size: getattr(cfg, size) for size in ("width", "layers", "heads", "window")}
+        if replace(model.cfg, **own) != cfg:
+            raise UserError(f"{name}: makes films of another format than the first checkpoint")
+    ruler, draw, rows = Ruler(cfg), drawer(clips, "joint"), []
+    originals = held_out(cfg, talkers, seconds, 0, draw)
+    truth = to_films(originals, cfg)
+    reference = to_films(held_out(cfg, talkers, seconds, 1, draw), cfg)
+    windows = windows_of(truth.frames.shape[1] / cfg.fps)
+    if not windows:
+        raise UserError(f"{seconds:g} seconds in whole chunks of the model are less than a window")
+
+    def add(films: Film, control: str, checkpoint: str, mode=None, steps=None):
+        if clips or control == "babbling":
+            films = films._replace(symbols=None)
+        figures = score(ruler, films, reference)
+        if clips:
+            figures |= {name: [None] * len(windows) for name in FIGURES if name not in OF_CLIPS}
+        row = {"checkpoint": checkpoint, "mode": mode, "steps": steps}
+        row |= {"guidance": guidance if mode else None, "control": control} | figures
+        rows.append(row)
+        print(markdown(rows).splitlines()[-1], file=sys.stderr, flush=True)
+
+    for control in ("spoken", "babbling"):
+        add(truth, control, "ground truth")
+        add(truth._replace(samples=np.roll(truth.samples, 1, 0)), control, "shuffled sound")
+        options = {"guidance": guidance, "window": window, "seed": seed}
+        options["with_transcript"] = control == "spoken"
+        for name, model in models.items():
+            for mode, steps in settings.items():
+                films = remake(model, codecs, originals, few=mode == "few", steps=steps, **options)
+                add(films, control, name, mode, steps)
+    return {"windows": windows, "rows": rows}
+
+
+def markdown(rows: list[dict]) -> str:
+    """Rows of figures as a Markdown table; a cell of a list holds one number a window."""
+
+    def cell(value) -> str:
+        if isinstance(value, (list, tuple)):
+            return " / ".join([cell(number) for number in value])
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        return "-" if value is None else str(value)
+
+    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
+    for row in rows:
+        lines.append([cell(row.get(name)) for name in rows[0]])
+    return "\n".join(["| " + " | ".join(line) + " |" for line in lines])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    about = "Score checkpoints with the ruler, beside ground truth and shuffled sound."
+    parser = argparse.ArgumentParser("lab.evaluate", description=about)
+    add = parser.add_argument
+    add("checkpoints", type=Path, nargs="+", metavar="CKPT", help="models of one format")
+    add("--mode", choices=mf.DEFAULT_STEPS, help="default: both")
+    add("--steps", type=int, help="evaluations a chunk; default: 4 in mode few, 50 in mode multi")
+    add("--guidance", type=float, default=1.0, help="other than 1 (default): twice the evaluations")
+    add("--window", type=int, help="chunks of history; default: as many as in training")
+    add("--talkers", type=int, default=32, help="films to score; default %(default)s")
+    add("--seconds", type=float, default=25.0, help="length of a film; default %(default)s")
+    add("--seed", type=int, default=0, help="of the models' noise; default %(default)s")
+    add("--data", type=Path, metavar="FOLDER", help="score against these clips, not talkers")
+    add("--device", help="default: cuda, else mps, else cpu")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--all", action="store_true", help="show all windows in the table, not only the last")
+    return parser
+
+
+def run(args, make_codecs) -> dict:
+    """What evaluate() returns for a command line. Raises UserError and OSError."""
+    if args.talkers < 2:
+        raise UserError("--talkers must be at least 2")
+    if not WINDOWS[0][1] <= args.seconds <= 86400:
+        raise UserError(f"--seconds must be between {WINDOWS[0][1]} and 86400")
+    device = mf.find_device(args.device)
+    models = {str(path): load_talker(path).to(device) for path in args.checkpoints}
+    cfg = next(iter(models.values())).cfg
+    settings = dict(mf.DEFAULT_STEPS)
+    if args.mode:
+        settings = {args.mode: settings[args.mode]}
+    if args.steps is not None:
+        settings[args.mode or "few"] = args.steps
+    clips = None
+    if args.data:
+        with tempfile.TemporaryDirectory() as cache:
+            clips = load_clips(args.data, cfg, frames_of(cfg, args.seconds), Path(cache))
+    names = ("talkers", "seconds", "guidance", "window", "seed")
+    options = {name: getattr(args, name) for name in names}
+    codecs = make_codecs(cfg, device)
+    return evaluate(models, codecs, settings=settings, clips=clips, **options)
+
+
+def main(argv=None, make_codecs=make_codecs) -> int:
+    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
+    args = build_parser().parse_args(argv)
+    try:
+        result = run(args, make_codecs)
+    except (UserError, OSError) as error:
+        print(f"lab.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    windows = result["windows"]
+    if not args.all:
+        windows = windows[-1:]
+        for row in result["rows"]:
+            row |= {name: row[name][-1] for name in FIGURES}
+    print("Seconds " + " / ".join([f"{begin}-{end}" for begin, end in windows]) + "\n")
+    print(markdown(result["rows"]) + "\n")
+    for name, meaning in FIGURES.items():
+        print(f"- {name.replace('_', ' ')}: {meaning}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
