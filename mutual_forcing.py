@@ -1,5 +1,6 @@
 """Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a
-talking character, picture and sound together, in 4 or 8 network evaluations per chunk.
+talking character, picture and sound together, in 4 or 8 network evaluations per chunk (and one
+that writes the finished chunk into the cache).
 Read it from top to bottom: each part uses only what stands above it.
 
 The paper in six sentences. A transformer with an audio and a video branch, joined by one
@@ -13,18 +14,19 @@ few-step mode, by ShortCut and DMD.
 
 The three stages in code (train.py adds batches, optimizers and the EMA copy of the model):
 
-    # Stage 1: one branch alone; stage 2: both, on real history.
+    # Stage 1: one branch alone; stage 2: both. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, branches=("video",))
     loss, logs = flow_matching_loss(model, x, x, controls)
     # Stage 3. Its steps 1 to 4 are numbered in mutual_forcing_loss():
-    #   1. history = rollout(model, ...)                  the few-step mode generates; no gradient
+    #   1. history = rollout(model, x, ...)               the few-step mode generates; no gradient
     #   2. flow_matching_loss(model, x, history)          the multi-step mode learns the real chunk
     #   3. shortcut_loss(model, x, history, teacher=ema)  the few-step mode learns large steps
     #   4. dmd_loss(model, its films, real=ema, fake=fake); flow_matching_loss(fake, its films)
     losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=ema, fake=fake)
     # Self-Forcing, for comparison: DMD alone, toward a bidirectional teacher (stage 2 with
     # history None and a chunk as long as the clip).
-    losses, logs = mutual_forcing_loss(..., real=teacher, weights={"dmd": 1}, score_chunk=S)
+    options = {"real": bidirectional, "fake": its_copy, "score_chunk": S, "weights": {"dmd": 1}}
+    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, **options)
 
 Axes                                       Symbols
   B  films in a batch                        x       clean latents
@@ -47,10 +49,11 @@ import io
 import math
 import pickle
 import unicodedata
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -109,6 +112,7 @@ class Config:
             (self.clock_ticks >= 1e6, "clock is too long"),
             (self.image % self.patch, "patch must divide image"),
             (not hop_is_whole, "step_sounds must divide the samples of a latent frame"),
+            (self.sample_rate % self.fps, "sample_rate must be a multiple of fps"),
             (self.hop % self.bands, "bands must divide the samples of a hop"),
             (self.width % (8 * self.heads), "width must be a multiple of 8 heads"),
             (
@@ -130,6 +134,11 @@ class Config:
         least = 0 if name.endswith("_channels") else 1e-9
         if kind is not tuple and not least <= value < 2**20:
             raise UserError(f"Config.{name} = {value} is out of range")
+
+    def same_format(self, other: "Config") -> bool:
+        """Whether models of both sizes make films of one format, from the same controls."""
+        own = {name: getattr(self, name) for name in ("width", "layers", "heads", "window")}
+        return replace(other, **own) == self
 
     @property
     def head_dim(self) -> int:  # P
@@ -200,8 +209,10 @@ class Codecs(NamedTuple):
     """The two codecs of a model (data/codecs.py; the paper: two VAEs), both on the model's device.
 
     Each has encode(film) -> latents, decode(latents) -> film, and decode_next(latents, state) ->
-    (part of the film, state), which decodes a film chunk by chunk; state is None for the first
-    chunk. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim); any state.
+    (part of the film, state), which decodes a film chunk by chunk: state is None for the first
+    chunk, and then what the last call returned. Latents have about unit variance, and N and their
+    sizes are those of Config. video: uint8 frames (B, F, image, image, 3) and latents
+    (B, S, N, video_dim); its state may be anything.
     audio: float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m)
     still due (m may be 0), which end the film.
     """
@@ -264,10 +275,10 @@ def warp(u, shift):
 def time_grid(cfg: Config, steps: int) -> Tensor:
     """Times from 0 to 1 of a sampler with so many steps, for video and audio: (steps + 1, 1, 1, 2).
 
-    The times of 4 steps are every other time of 8. Raises UserError below 1 step.
+    The times of 4 steps are every other time of 8. Raises UserError for steps that are not 1 to 1000.
     """
-    if steps < 1:
-        raise UserError(f"steps must be at least 1, not {steps}")
+    if not 1 <= steps <= 1000:
+        raise UserError(f"steps must be between 1 and 1000, not {steps}")
     return warp(progress(cfg, steps), cfg.shifts)[:, None, None]
 
 
@@ -287,7 +298,7 @@ def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """Times to train clips x (B, S, E) at, one for each chunk and branch: (B, S, 2).
 
     Progress is logit-normal, then warped like the sampling grids. Our choice: in half of the chunks
-    both branches have the same progress, and in the others each learns to follow the other.
+    both branches have the same progress, and in the others the less noised one leads.
     """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
     same = torch.rand(u.shape[:2]) < 0.5
@@ -309,7 +320,8 @@ def add_noise(cfg: Config, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
 def velocity(cfg: Config, x_pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
     """v = (x_pred - x_t) / (1 - t), as flow matching weighs it.
 
-    Our choice: 1 - t is at least 0.2 here, so that the weight of an error of x_pred stays below 25.
+    Our choice: 1 - t is at least 0.2 here, so that an error of x_pred weighs at most 25 times as
+    much as at t = 0. Samplers take the exact velocity: see denoise().
     """
     return (x_pred - x_t) / each_value(cfg, (1 - t).clamp(min=0.2))
 
@@ -333,8 +345,8 @@ def uniform_embedding(count: int, width: int) -> nn.Embedding:
 class StepEmbedding(nn.Module):
     """Time t, step size d and the character -> the vector that modulates a latent frame's tokens.
 
-    Our choice: d enters as f(d) - f(0), and the last layer of f starts at zero. So d = 0 never
-    changes, and before stage 3 the few-step mode is the multi-step mode.
+    Our choice: d enters as f(d) - f(0), and the last layer of f starts at zero. So f adds nothing
+    at d = 0, and gets no gradient before stage 3: until then the two modes are the same.
     """
 
     def __init__(self, width: int, characters: int):
@@ -404,7 +416,7 @@ def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def without_time(k: Tensor) -> Tensor:
-    """Keys (..., P) without the half that turns with time: the same from any distance."""
+    """Keys (..., P) with zeros in the half that turns with time: the same from any distance."""
     half = k.shape[-1] // 2
     return torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
 
@@ -515,167 +527,6 @@ class Tokens(NamedTuple):
     phases: Tensor  # (S N, P / 2, 2), cosine and sine: the rotary phases
 
 
-class AudioVideoTransformer(nn.Module):
-    """Two branches and one joint self-attention: noised latents in, clean ones out.
-
-    forward() is the parallel form, for training: all chunks of a clip at once, under a mask.
-    step() is the streaming form, for sampling: one chunk at a time, with a KVCache. They agree.
-    """
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.cfg = cfg
-        self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1, gain=False)
-        self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds, gain=True)
-        # Stands in for the first frame of a film that is not given one.
-        self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
-
-    @property
-    def device(self) -> torch.device:
-        return self.no_first.device
-
-    def phases(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices of latent frames (S,) -> rotary phases of their video and audio tokens."""
-        cfg = self.cfg
-        time, place = rotary_table(cfg, frames.device)
-        ticks = cfg.step_sounds * frames[:, None] + torch.arange(
-            cfg.step_sounds, device=frames.device
-        )
-        time = time[ticks % cfg.clock_ticks]  # (S, hops, P / 4, 2)
-        place = place.expand(len(frames), -1, -1, -1)
-        no_place = time.new_tensor([1.0, 0.0]).expand_as(time)  # sound has none
-        video = torch.cat([time[:, :1].expand_as(place), place], 2)
-        audio = torch.cat([time, no_place], 2).repeat_interleave(cfg.bands, 1)
-        return video.flatten(0, 1), audio.flatten(0, 1)  # (S N, P / 2, 2)
-
-    def embed(self, x_t, t, d, controls, frames, branches=BRANCHES) -> dict[str, Tokens]:
-        """Latents (B, S, E), t, d (B, S, 2), indices of latent frames (S,) -> tokens by branch."""
-        parts = {}
-        latents = split(self.cfg, x_t.to(self.no_first))
-        for i, (name, phases) in enumerate(zip(BRANCHES, self.phases(frames))):
-            if name in branches:
-                branch = getattr(self, name)
-                x = branch.embed(latents[i].contiguous()) + (
-                    branch.text(controls.symbols) + branch.place
-                )
-                modulation = branch.modulate(t[..., i], d[..., i], controls.character)
-                parts[name] = Tokens(branch, x, modulation, phases)
-        return parts
-
-    def embed_first_frame(self, controls: Controls) -> Tokens:
-        """The first frame, or what stands in for it: one clean latent frame of video, no time."""
-        given = self.video.embed(controls.first_frame.to(self.no_first))
-        x = torch.where(controls.has_first_frame[:, None, None, None], given, self.no_first)
-        t = x.new_ones((len(x), 1)).float()
-        modulation = self.video.modulate(t, 0 * t, controls.character)
-        place = rotary_table(self.cfg, x.device)[1]
-        phases = torch.cat([torch.zeros_like(place), place], 1)  # no time
-        return Tokens(self.video, x + self.video.place, modulation, phases)
-
-    def blocks(self, parts: list[Tokens], attend) -> list[Tensor]:
-        """Pass tokens through all blocks; attend(layer, q, k, v) is what the two forms differ in.
-
-        q, k, v are (B, H, n, P), over the tokens of all parts. Returns the parts' tokens (B, S, N,
-        D).
-        """
-        tokens = [part.x for part in parts]
-        sizes = [len(part.phases) for part in parts]
-        phases = torch.cat([part.phases for part in parts])
-        for layer in range(self.cfg.layers):
-            qkv, gain = [], []
-            for part, x in zip(parts, tokens):
-                projected = part.branch.sides[layer].project(x, part.modulation[layer])
-                qkv.append(projected[0])
-                gain.append(projected[1])
-            q, k, v = self.rotate(torch.cat(qkv, 1), torch.cat(gain), phases)
-            attended = attend(layer, q, k, v).split(sizes, 1)
-            for i, part in enumerate(parts):
-                side = part.branch.sides[layer]
-                tokens[i] = side.finish(tokens[i], attended[i], part.modulation[layer])
-        return tokens
-
-    def rotate(self, qkv: Tensor, gain: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (B, n, 3, H, P), gain (n, 2, P), phases (n, P / 2, 2) -> q, k, v, each (B, H, n, P).
-
-        Queries and keys are normalised (QK-norm), and their pairs are turned by the rotary phases.
-        """
-        x = F.normalize(qkv[:, :, :2].float(), dim=-1) * (gain[:, :, None] * self.cfg.head_dim**0.5)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = phases[:, None, None].unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
-        q, k = turned.flatten(-2).to(qkv).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
-
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        d: Tensor,
-        controls: Controls,
-        history: Tensor | None = None,
-        chunk: int | None = None,
-        branches=BRANCHES,
-        window: int | None = None,
-    ) -> Tensor:
-        """Parallel form: every chunk of a clip at once, each given the history before it.
-
-        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 2), the same within a chunk; history (B,
-        S, E) clean latents, or None if a chunk sees only the first frame and itself. chunk: its
-        length in latent frames (default cfg.chunk; S makes a bidirectional model). branches: one of
-        the two for the unimodal models of stage 1. window: chunks of history, at most cfg.window
-        (the default). Returns x_pred (B, S, E); of a branch that is left out, its x_t.
-        """
-        b, s = x_t.shape[:2]
-        chunk = chunk or self.cfg.chunk
-        assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
-        assert t.shape[-1] == d.shape[-1] == 2, (
-            "t and d have one number for video and one for audio"
-        )
-        t, d = t.expand(b, s, 2), d.expand(b, s, 2)
-        frames = torch.arange(s, device=x_t.device)
-        noised = self.embed(x_t, t, d, controls, frames, branches)
-        parts = list(noised.values())
-        if history is not None:
-            clean = self.embed(history, torch.ones_like(t), 0 * d, controls, frames, branches)
-            parts = list(clean.values()) + parts
-        window = self.cfg.window if window is None else window
-        assert 1 <= window <= self.cfg.window, f"window {window} is not in 1..{self.cfg.window}"
-        first = [self.embed_first_frame(controls)] if "video" in branches else []
-        attend = ParallelAttention(parts, first, s // chunk, window, history is not None)
-        tokens = self.blocks(first + parts, attend)
-        out = dict(zip(BRANCHES, split(self.cfg, x_t)))
-        for (name, part), x in zip(noised.items(), tokens[-len(noised) :]):
-            out[name] = part.branch.read_out(x, part.modulation, out[name])
-        return join(*out.values())
-
-    @torch.no_grad()
-    def start(self, controls: Controls, window: int | None = None) -> "KVCache":
-        """A cache that holds the first frame (or what stands in for it), and no chunk yet."""
-        cache = KVCache(self.cfg, len(controls.character), window)
-        self.blocks([self.embed_first_frame(controls)], cache.write_first_frame)
-        return cache
-
-    @torch.no_grad()
-    def step(self, x_t, t, d, controls: Controls, cache: "KVCache", commit: bool = False) -> Tensor:
-        """Streaming form: one evaluation of the chunk that follows those in the cache.
-
-        x_t (B, S, E), t and d (B or 1, 1, 2), the controls of the whole film -> x_pred (B, S, E).
-        commit: also keep the chunk's keys and values; x_t is then the finished chunk, t = 1 and d =
-        0.
-        """
-        cfg = self.cfg
-        b, s = x_t.shape[:2]
-        frames = cache.count * cfg.chunk + torch.arange(s, device=x_t.device)
-        visible = controls.chunk(cfg, cache.count)
-        parts = self.embed(x_t, t.expand(b, s, 2), d.expand(b, s, 2), visible, frames)
-        tokens = self.blocks(list(parts.values()), cache.commit if commit else cache.attend)
-        cache.count += int(commit)
-        out = []
-        for part, x, latents in zip(parts.values(), tokens, split(cfg, x_t)):
-            out.append(part.branch.read_out(x, part.modulation, latents))
-        return join(*out)
-
-
 class ParallelAttention:
     """Who attends to whom in the parallel form: rows see columns (here with a window of 1):
 
@@ -689,8 +540,9 @@ class ParallelAttention:
                noised 1         x     x      x          x
                noised 2         x     x        x          x
 
-    The sink is chunk 0 of the history once more. The sink and the first frame have no time: the
-    half of their keys that turns with time is zero. So a film of any length has no position that
+    The sink is chunk 0 of the history once more, so that a chunk sees who speaks however short the
+    window is. The sink and the first frame have no time: the half of their keys that turns with
+    time is zero. So a film of any length has no position that
     training never saw (our choice).
     """
 
@@ -782,14 +634,179 @@ class KVCache:
         return attended
 
 
+class AudioVideoTransformer(nn.Module):
+    """Two branches and one joint self-attention: noised latents in, clean ones out.
+
+    forward() is the parallel form, for training: all chunks of a clip at once, under a mask.
+    step() is the streaming form, for sampling: one chunk at a time, with a KVCache. They agree.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
+        self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1, gain=False)
+        self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds, gain=True)
+        # Stands in for the first frame of a film that is not given one.
+        self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
+
+    @property
+    def device(self) -> torch.device:
+        return self.no_first.device
+
+    def phases(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions of latent frames (S,) -> rotary phases of their video and audio tokens."""
+        cfg = self.cfg
+        time, place = rotary_table(cfg, positions.device)
+        hops = torch.arange(cfg.step_sounds, device=positions.device)
+        ticks = cfg.step_sounds * positions[:, None] + hops
+        time = time[ticks % cfg.clock_ticks]  # (S, hops, P / 4, 2)
+        place = place.expand(len(positions), -1, -1, -1)
+        no_place = time.new_tensor([1.0, 0.0]).expand_as(
+            time
+        )  # sound has no place, and is not turned
+        video = torch.cat([time[:, :1].expand_as(place), place], 2)
+        audio = torch.cat([time, no_place], 2).repeat_interleave(cfg.bands, 1)
+        return video.flatten(0, 1), audio.flatten(0, 1)  # (S N, P / 2, 2)
+
+    def embed(self, x_t, t, d, controls, positions, branches=BRANCHES) -> dict[str, Tokens]:
+        """Latents (B, S, E), t, d (B, S, 2), positions (S,) of latent frames -> tokens."""
+        parts = {}
+        latents = split(self.cfg, x_t.to(self.no_first))
+        for i, (name, phases) in enumerate(zip(BRANCHES, self.phases(positions))):
+            if name in branches:
+                branch = getattr(self, name)
+                x = branch.embed(latents[i].contiguous()) + (
+                    branch.text(controls.symbols) + branch.place
+                )
+                modulation = branch.modulate(t[..., i], d[..., i], controls.character)
+                parts[name] = Tokens(branch, x, modulation, phases)
+        return parts
+
+    def embed_first_frame(self, controls: Controls) -> Tokens:
+        """The first frame, or what stands in for it: one clean latent frame of video.
+
+        It has no rotary time: cosine and sine are zero, which erases that half of its keys.
+        """
+        given = self.video.embed(controls.first_frame.to(self.no_first))
+        x = torch.where(controls.has_first_frame[:, None, None, None], given, self.no_first)
+        t = x.new_ones((len(x), 1)).float()
+        modulation = self.video.modulate(t, 0 * t, controls.character)
+        place = rotary_table(self.cfg, x.device)[1]
+        phases = torch.cat([torch.zeros_like(place), place], 1)  # no time
+        return Tokens(self.video, x + self.video.place, modulation, phases)
+
+    def blocks(self, parts: list[Tokens], attend) -> list[Tensor]:
+        """Pass tokens through all blocks; attend(layer, q, k, v) is what the two forms differ in.
+
+        q, k, v are (B, H, n, P), over the tokens of all parts. Returns the parts' tokens (B, S, N,
+        D).
+        """
+        tokens = [part.x for part in parts]
+        sizes = [len(part.phases) for part in parts]
+        phases = torch.cat([part.phases for part in parts])
+        for layer in range(self.cfg.layers):
+            qkv, gain = [], []
+            for part, x in zip(parts, tokens):
+                projected = part.branch.sides[layer].project(x, part.modulation[layer])
+                qkv.append(projected[0])
+                gain.append(projected[1])
+            q, k, v = self.rotate(torch.cat(qkv, 1), torch.cat(gain), phases)
+            attended = attend(layer, q, k, v).split(sizes, 1)
+            for i, part in enumerate(parts):
+                side = part.branch.sides[layer]
+                tokens[i] = side.finish(tokens[i], attended[i], part.modulation[layer])
+        return tokens
+
+    def rotate(self, qkv: Tensor, gain: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """qkv (B, n, 3, H, P), gain (n, 2, P), phases (n, P / 2, 2) -> q, k, v, each (B, H, n, P).
+
+        Queries and keys are normalised (QK-norm), and their pairs are turned by the rotary phases.
+        """
+        x = F.normalize(qkv[:, :, :2].float(), dim=-1) * (gain[:, :, None] * self.cfg.head_dim**0.5)
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = phases[:, None, None].unbind(-1)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
+        q, k = turned.flatten(-2).to(qkv).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        d: Tensor,
+        controls: Controls,
+        history: Tensor | None = None,
+        chunk: int | None = None,
+        branches=BRANCHES,
+        window: int | None = None,
+    ) -> Tensor:
+        """Parallel form: every chunk of a clip at once, each given the history before it.
+
+        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 2), the same within a chunk; history (B,
+        S, E) clean latents, or None if a chunk sees only the first frame and itself. chunk: its
+        length in latent frames (default cfg.chunk; S makes a bidirectional model). branches: one of
+        the two for the unimodal models of stage 1. window: chunks of history, at most cfg.window
+        (the default). Returns x_pred (B, S, E); of a branch that is left out, its x_t.
+        """
+        b, s = x_t.shape[:2]
+        chunk = chunk or self.cfg.chunk
+        assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
+        assert t.shape[-1] == d.shape[-1] == 2, (
+            "t and d have one number for video and one for audio"
+        )
+        t, d = t.expand(b, s, 2), d.expand(b, s, 2)
+        positions = torch.arange(s, device=x_t.device)
+        noised = self.embed(x_t, t, d, controls, positions, branches)
+        parts = list(noised.values())
+        if history is not None:
+            clean = self.embed(history, torch.ones_like(t), 0 * d, controls, positions, branches)
+            parts = list(clean.values()) + parts
+        window = self.cfg.window if window is None else window
+        assert 1 <= window <= self.cfg.window, f"window {window} is not in 1..{self.cfg.window}"
+        first = [self.embed_first_frame(controls)] if "video" in branches else []
+        attend = ParallelAttention(parts, first, s // chunk, window, history is not None)
+        tokens = self.blocks(first + parts, attend)
+        out = dict(zip(BRANCHES, split(self.cfg, x_t)))
+        for (name, part), x in zip(noised.items(), tokens[-len(noised) :]):
+            out[name] = part.branch.read_out(x, part.modulation, out[name])
+        return join(*out.values())
+
+    @torch.no_grad()
+    def start(self, controls: Controls, window: int | None = None) -> KVCache:
+        """A cache that holds the first frame (or what stands in for it), and no chunk yet."""
+        cache = KVCache(self.cfg, len(controls.character), window)
+        self.blocks([self.embed_first_frame(controls)], cache.write_first_frame)
+        return cache
+
+    @torch.no_grad()
+    def step(self, x_t, t, d, controls: Controls, cache: KVCache, commit: bool = False) -> Tensor:
+        """Streaming form: one evaluation of the chunk that follows those in the cache.
+
+        x_t (B, S, E), t and d (B or 1, 1, 2), the controls of the whole film -> x_pred (B, S, E).
+        commit: also keep the chunk's keys and values; x_t is then the finished chunk, t = 1 and d =
+        0.
+        """
+        cfg = self.cfg
+        b, s = x_t.shape[:2]
+        positions = cache.count * cfg.chunk + torch.arange(s, device=x_t.device)
+        visible = controls.chunk(cfg, cache.count)
+        parts = self.embed(x_t, t.expand(b, s, 2), d.expand(b, s, 2), visible, positions)
+        tokens = self.blocks(list(parts.values()), cache.commit if commit else cache.attend)
+        cache.count += int(commit)
+        out = []
+        for part, x, latents in zip(parts.values(), tokens, split(cfg, x_t)):
+            out.append(part.branch.read_out(x, part.modulation, latents))
+        return join(*out)
+
+
 # ---- The denoising loop and the streaming sampler ------------------------------------------------
 
 
 def denoise(cfg: Config, predict, x: Tensor, times: Tensor) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]. Returns the state at every time.
 
-    predict(x_t, k) -> x_pred at times[k]. times (K + 1, B or 1, S or 1, 2) rise; only the last may
-    be 1.
+    predict(x_t, k) -> x_pred at times[k]. times (K + 1, B or 1, S or 1, 2) never fall, and only the
+    last may be 1; where two are equal, the step between them changes nothing.
     """
     states = [x]
     for k in range(len(times) - 1):
@@ -817,10 +834,10 @@ def generate(
     """Generate films through the cache; yields the states of each chunk (see denoise).
 
     times (K + 1, B or 1, 1, 2). few: tell the network the step size d, or 0 (multi-step mode). A
-    guidance other than 1 doubles the batch by films without controls. Training gives real clips (B,
-    S, E): the first num_real_chunks stand as they are; each other chunk starts from its real one,
-    plus the mean error of the chunk before, noised to times[0]. So errors add up, but the content
-    stays the clip's (our choice). teacher_forcing: the cache keeps the real chunks.
+    guidance other than 1 doubles the batch by films without controls. Training (see rollout) gives
+    real clips (B, S, E): the first num_real_chunks stand as they are; each other chunk starts from
+    its real one, plus the mean error of the chunk before, noised to times[0]. So errors add up, but
+    the content stays the clip's (our choice). teacher_forcing: the cache keeps the real chunks.
     """
     cfg, device = model.cfg, model.device
     times = times.to(device)
@@ -907,13 +924,20 @@ def film_controls(
     shape = (cfg.image, cfg.image, 3)
     frame = torch.zeros(shape, dtype=torch.uint8)
     if first_frame is not None:
-        frame = torch.as_tensor(first_frame)
+        frame = torch.tensor(np.array(first_frame))  # a copy, whatever its strides
     if frame.shape != shape or frame.dtype != torch.uint8:
         raise UserError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
     still = frame.expand(1, cfg.step_frames, -1, -1, -1).to(device)
     given = torch.tensor([first_frame is not None])
     controls = Controls(symbols, torch.tensor([index]), codecs.video.encode(still), given)
     return controls.map(lambda tensor: tensor.to(device))
+
+
+def num_frames(cfg: Config, seconds: float) -> int:
+    """Frames of a film. Raises UserError for less than one frame or more than a day."""
+    if not 1 / cfg.fps <= seconds <= 24 * 3600:
+        raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
+    return round(seconds * cfg.fps)
 
 
 DEFAULT_STEPS = {"few": 4, "multi": 50}  # evaluations of a chunk in each mode
@@ -951,11 +975,9 @@ def stream(
     steps = DEFAULT_STEPS[mode] if steps is None else steps
     if torch.is_autocast_enabled(model.device.type):
         raise UserError("stream() works outside torch.autocast: the model's own dtype decides")
-    if not 1 / cfg.fps <= seconds <= 24 * 3600:
-        raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
-    if not 0 <= guidance <= 1000:
-        raise UserError(f"guidance must be between 0 and 1000, not {guidance}")
-    frames_left = round(seconds * cfg.fps)
+    if not 0 <= guidance <= 1000 or not 0 <= seed < 2**63:
+        raise UserError("guidance is between 0 and 1000, seed between 0 and 2^63")
+    frames_left = num_frames(cfg, seconds)
     samples_left = frames_left * cfg.sample_rate // cfg.fps
     chunks = math.ceil(frames_left / cfg.chunk_frames)
     given = {"transcript": transcript, "character": character, "first_frame": first_frame}
@@ -988,10 +1010,10 @@ def stream(
 # x_pred.
 
 
-def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, frames=None):
-    """Squared errors (B, S, E) -> sum of the branches' means over `frames` (bool (S,)); logs."""
-    if frames is not None:
-        error = error[:, frames]
+def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, generated=None):
+    """Squared errors (B, S, E) -> sum of branches' means over `generated` (bool (S,)); logs."""
+    if generated is not None:
+        error = error[:, generated]
     means = {}
     for name, values in zip(BRANCHES, split(cfg, error)):
         if name in branches:
@@ -1016,7 +1038,7 @@ def flow_matching_loss(
     history: Tensor | None,
     controls: Controls,
     *,
-    frames: Tensor | None = None,
+    generated: Tensor | None = None,
     chunk: int | None = None,
     branches=BRANCHES,
     window: int | None = None,
@@ -1032,10 +1054,10 @@ def flow_matching_loss(
     x_t = add_noise(cfg, x, torch.randn_like(x), t)
     x_pred = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches, window)
     error = (velocity(cfg, x_pred, x_t, t) - velocity(cfg, x, x_t, t)).square()
-    loss, logs = mean_error("flow", cfg, error, branches, frames)
+    loss, logs = mean_error("flow", cfg, error, branches, generated)
     # The loss by noise level: 0 near noise, 3 near data.
     for i, (name, values) in enumerate(zip(BRANCHES, split(cfg, error.detach()))):
-        if name in branches and frames is None:
+        if name in branches and generated is None:
             borders = warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shifts[i]).to(t)
             level = torch.bucketize(t[..., i].contiguous(), borders, right=True)
             for number in level.unique().tolist():
@@ -1052,8 +1074,9 @@ def shortcut_loss(
     damage both modes). Each is halved before the warp. A step of 4 is taught by two half steps of
     the few-step mode. A step of 8 is taught by one whole step at the velocity that the multi-step
     mode has half way (our choice: plain Euler steps lose energy). The last step of a grid differs,
-    because it removes the last noise: audio's is taught by two half steps, and video's by one step
-    of the multi-step mode from an earlier time (our choice: against flicker).
+    because it removes the last noise: audio's is taught by two half steps (in the grid
+    of 8 by the multi-step mode), and video's by one step of the multi-step mode from an earlier
+    time (our choice: against flicker).
     """
     cfg = model.cfg
     b, s = x.shape[:2]
@@ -1069,6 +1092,7 @@ def shortcut_loss(
     is_last_of_video = (stop == 1) & torch.tensor([True, False])  # (steps, 2)
     teacher_start = torch.where(is_last_of_video, start.clamp(max=0.9), start)
     half = (teacher_start + stop) / 2
+    # Video's last step is not halved: its first half has no length.
     middle = torch.where(is_last_of_video, teacher_start, half)
     corners = torch.stack([start, teacher_start, middle, stop])[:, chosen]  # (4, B, S, 2)
     t, t_begin, t_middle, t_end = warp(corners, cfg.shifts).to(x)
@@ -1112,29 +1136,30 @@ def dmd_loss(
     real,
     fake,
     times: Tensor,
-    frames: Tensor,
+    generated: Tensor,
     guidance: float = 1.0,
     chunk: int | None = None,
 ) -> tuple[Tensor, dict]:
     """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
 
     states: all states of the sampler on `times`, generated on this history without gradient;
-    frames: bool (S,), the latent frames that it generated. One denoising step k is taken again with
-    gradient (our choice). chunk: None, or the length of a clip, for bidirectional scores
+    generated: bool (S,), the latent frames that it generated. One denoising step k is taken again
+    with gradient (our choice). chunk: None, or the length of a clip, for bidirectional scores
     (Self-Forcing's teacher).
     """
     cfg = model.cfg
     score_history = history if chunk is None else None
     chunk = chunk or cfg.chunk
 
-    # 1. Take step k again. Of its x_pred, d / (1 - t) enters the state; of that, later steps leave
-    #    about the root. Video's gradient is scaled so, audio's is not, for clearer letters (our
-    #    choice).
+    # 1. Take step k again: the value is that of the film, the gradient that of this step. Our
+    #    choice: video's gradient is scaled by the root of d / (1 - t), the share of x_pred that
+    #    enters the state; audio's is not, for clearer letters.
     k = int(torch.randint(len(times) - 1, ()))
     t, d = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
     power = torch.tensor([0.5, 0.0]).to(t)
-    x_pred = model(states[k], t, d, controls, history) * each_value(cfg, (d / (1 - t)) ** power)
-    x_own = states[-1] + x_pred - x_pred.detach()
+    share = each_value(cfg, (d / (1 - t)) ** power)
+    x_pred = model(states[k], t, d, controls, history)
+    x_own = states[-1] + share * (x_pred - x_pred.detach())
 
     # 2. Noise the film again; the gradient is the difference of the two scores there.
     with torch.no_grad():
@@ -1148,22 +1173,20 @@ def dmd_loss(
         scale = torch.stack(errors, -1).unflatten(1, (-1, chunk)).mean(2).clamp(min=0.2)
         scale = each_value(cfg, scale.repeat_interleave(chunk, 1))
         target = x_own - (x_fake - x_real) / scale
-    return mean_error("dmd", cfg, 0.5 * (x_own - target).square(), frames=frames)
+    return mean_error("dmd", cfg, 0.5 * (x_own - target).square(), generated=generated)
 
 
 @torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of the clips x (B, S, E), through the streaming cache.
 
-    history: "few" continues its own films after one real chunk or, of four or more, one or two at
-    random; "real" (teacher forcing) generates every chunk on real history. Returns all states of
-    the sampler (see generate), and bool (S,): the latent frames that were generated.
+    history: "few" continues its own films after one real chunk (in clips of four chunks or more,
+    one or two at random); "real" (teacher forcing) generates every chunk on real history. Returns
+    all states of the sampler (see generate), and bool (S,): the latent frames that were generated.
     """
     chunk = model.cfg.chunk
     chunks = x.shape[1] // chunk
-    num_real = 0
-    if history == "few":
-        num_real = max(1, min(int(torch.randint(1, 3, ())), chunks - 2))
+    num_real = 1 if history == "few" else 0
     films = generate(
         model,
         controls,
@@ -1202,8 +1225,8 @@ def mutual_forcing_loss(
     fake-score model, or None if DMD weighs 0. weights: {term: weight}; a term of weight 0 is not
     computed. extra: a fork's own objectives, {term: (weight, loss)} with loss(model, x, history,
     controls) -> (loss, logs). history: "few" is self-made, "real" is teacher forcing. steps: of the
-    rollout and of DMD. Our choice: the rows of the batch are dealt to the terms in turn, which
-    makes a step three times cheaper, and flow matching weighs less, because its noise is larger.
+    rollout and of DMD. Our choice: the rows of the batch are dealt to the terms in turn, so that
+    each costs a third of it, and flow matching weighs less, because its gradient is noisier.
     Raises UserError for clips of fewer than two chunks, an unknown history or an unknown term.
     """
     cfg = model.cfg
@@ -1222,8 +1245,8 @@ def mutual_forcing_loss(
     losses, logs = {}, {}
 
     # 1. The few-step mode generates the history, without gradient. DMD's films begin from noise,
-    #    the others from the real chunk at a late time of the grid (our choice: a film that has left
-    #    its clip makes the real next chunk an impossible target).
+    # the others from the real chunk, noised to the third or fourth time of the grid (our choice: a
+    # film that has left its clip makes the real next chunk an impossible target).
     states, generated, past = None, None, x
     if history == "few" or "dmd" in rows:
         begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)  # (B, 1, 2)
@@ -1239,7 +1262,7 @@ def mutual_forcing_loss(
         losses["flow"], new = flow_matching_loss(model, *given("flow"))
         logs |= new
 
-    # 3. The multi-step mode teaches the few-step mode to take large steps.
+    # 3. The EMA copy teaches the few-step mode to take large steps.
     if "shortcut" in rows:
         options = {"teacher": teacher, "guidance": guidance}
         losses["shortcut"], new = shortcut_loss(model, *given("shortcut"), **options)
@@ -1250,11 +1273,11 @@ def mutual_forcing_loss(
         _, own_history, own_controls = given("dmd")
         own = [state[rows["dmd"]] for state in states]
         options = {"real": real, "fake": fake, "guidance": guidance, "chunk": score_chunk}
-        options |= {"times": times, "frames": generated}
+        options |= {"times": times, "generated": generated}
         losses["dmd"], new = dmd_loss(model, own, own_history, own_controls, **options)
         score_history = own_history if score_chunk is None else None
         losses["fake"], fake_logs = flow_matching_loss(
-            fake, own[-1], score_history, own_controls, frames=generated, chunk=score_chunk
+            fake, own[-1], score_history, own_controls, generated=generated, chunk=score_chunk
         )
         logs |= new | {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
 
@@ -1362,7 +1385,9 @@ def find_device(name: str | None) -> torch.device:
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        return torch.zeros(1, device=name).device
+        zero = torch.zeros(1, device=name)
+        zero.item()
+        return zero.device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: PyTorch cannot use it here") from error
 

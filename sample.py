@@ -5,6 +5,7 @@ The method is in mutual_forcing.py; data/writer.py writes the file.
 
 import argparse
 import functools
+import itertools
 import json
 import resource
 import sys
@@ -36,6 +37,8 @@ def film_settings(args, cfg: Config) -> dict:
     settings = {name: getattr(args, name) for name in names}
     needed = 8.0
     if args.say is not None:
+        if cfg.symbols != len(mf.ALPHABET):
+            raise UserError("--say: the symbols of this model are not letters")
         symbols = [cfg.silence] * 2 + mf.spell(args.say)
         if set(symbols) == {cfg.silence}:
             raise UserError("--say: nothing in it can be spoken; letters a to z can")
@@ -51,25 +54,22 @@ def film_settings(args, cfg: Config) -> dict:
 
 
 def make_film(args, make_codecs) -> int:
-    """Stream one film into args.out and report the speed. Returns the exit code: 130 if
-    interrupted."""
+    """Stream one film into args.out and report the speed. Returns the exit code."""
     began = time.perf_counter()
     device = mf.find_device(args.device)
     model = load_talker(args.checkpoint).to(device, mf.native_precision(device))
     cfg = model.cfg
     settings = film_settings(args, cfg)
     codecs = make_codecs(cfg, device)
-    frames_left, first_chunk, loaded = (
-        round(settings["seconds"] * cfg.fps),
-        None,
-        time.perf_counter(),
-    )
+    frames_left = mf.num_frames(cfg, settings["seconds"])
+    film, loaded = mf.stream(model, codecs, **settings), time.perf_counter()
     with delayed_interrupt() as interrupted:  # after which whole chunks are kept
+        first_chunk = next(film)  # or what is wrong with the settings
+        first_chunk_ms = 1000 * (time.perf_counter() - loaded)
         writer = FilmWriter(args.out, cfg)
         try:
             with tqdm(total=frames_left, unit="frame", disable=None) as bar:
-                for frames, samples in mf.stream(model, codecs, **settings):
-                    first_chunk = first_chunk or time.perf_counter() - loaded
+                for frames, samples in itertools.chain([first_chunk], film):
                     writer.add(frames, samples)
                     frames_left -= len(frames)
                     bar.update(len(frames))
@@ -91,7 +91,7 @@ def make_film(args, make_codecs) -> int:
         "steps": args.steps,
         "fps": round(writer.num_frames / spent, 1),
         "real_time_factor": round(seconds / spent, 2),
-        "first_chunk_ms": round(1000 * first_chunk, 1),
+        "first_chunk_ms": round(first_chunk_ms, 1),
         "load_s": round(loaded - began, 2),
         "peak_memory_mb": memory // (2**20 if sys.platform == "darwin" else 2**10),
     }

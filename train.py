@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -103,11 +104,12 @@ class State:
             weight.requires_grad_(stage in (branch, "joint", "mutual"))
         self.ema = copy.deepcopy(model).requires_grad_(False)
         self.nets, self.rates = {"model": self.model, "ema": self.ema}, {"model": self.plan.lr}
-        self.real, self.fake = args.real or self.ema, None
+        teacher = args.real if stage == "mutual" else None
+        self.real, self.fake = teacher or self.ema, None
         if stage == "mutual" and args.weights["dmd"]:
-            self.fake = copy.deepcopy(args.real or model).requires_grad_(True)
+            self.fake = copy.deepcopy(teacher or model).requires_grad_(True)
             self.nets["fake"], self.rates["fake"] = self.fake, FAKE_RATE * self.plan.lr
-        for net in [*self.nets.values(), *([args.real] if args.real else [])]:
+        for net in [*self.nets.values(), *([teacher] if teacher else [])]:
             net.to(args.device)
             if process()[1] > 1:
                 shard(net, args.device)
@@ -252,8 +254,9 @@ def save(state: State, codecs, args) -> None:
 
 
 def ignore_interrupts(_) -> None:
-    """For the processes that draw films: Ctrl-C is for the one that trains."""
+    """For the processes that draw films: Ctrl-C and SIGTERM are for the one that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def plan_of(args, stage: str) -> Plan:
@@ -270,15 +273,17 @@ def check(args, cfg: Config, stages: list[str]) -> None:
         raise UserError("--whole: is for a teacher's stages: video, audio and joint")
     if "mutual" not in stages and (args.teacher or args.history == "real" or args.guidance != 1):
         raise UserError("--teacher, --history and --guidance: are for stage 3, mutual")
-    if not any(args.weights.values()) or min(args.weights.values()) < 0:
-        raise UserError("of the weights of the objectives, one must be above 0 and none below")
+    weights = [*args.weights.values(), *[weight for weight, _ in (args.extra or {}).values()]]
+    if not any(weights) or not all(0 <= x <= 1000 for x in [*weights, args.guidance]):
+        raise UserError("weights of objectives and --guidance are 0 to 1000; not all weights are 0")
+    if not 0 <= args.seed < 2**63 or args.workers < 0:
+        raise UserError("--seed is between 0 and 2^63, --workers at least 0")
     for stage in stages:
         plan, least = plan_of(args, stage), cfg.chunk_seconds * (3 if stage == "mutual" else 2)
         if not all(least <= seconds <= cfg.clock / 2 for seconds in plan.seconds):
             raise UserError(f"--seconds: between {least} and {cfg.clock / 2} in stage {stage}")
         if min(plan.batch, plan.steps, args.accumulate, args.save) < 1 or not 0 < plan.lr <= 1:
             raise UserError("--batch, --steps, --accumulate, --save: 1 or more; --lr: 0 to 1")
-        drawer(args.clips, stage)  # raises if no clip serves
 
 
 def read_config(pairs: list[str]) -> Config:
@@ -293,39 +298,49 @@ def prepare_folder(args) -> dict | None:
     """Make --out this run's own; returns what --resume goes on from. Raises UserError."""
     args.out.mkdir(parents=True, exist_ok=True)
     content = mf.load_file(args.out / "resume.pt") if args.resume else None
-    if process()[0] > 0:
-        return content
-    args.lock = (args.out / ".lock").open("w")
-    try:
-        fcntl.flock(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{args.out}: another run is at work there") from error
-    if not content and any(args.out.glob("*.pt")) and not args.overwrite:
-        raise UserError(f"{args.out}: holds another run; --resume, --overwrite, or another --out")
+    if content and "settings" not in content:
+        raise UserError(f"{args.out / 'resume.pt'}: not what --resume goes on from")
+    wrong = None
+    if process()[0] == 0:
+        args.lock = (args.out / ".lock").open("w")
+        try:
+            fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            wrong = "another run is at work there"
+        if not content and not args.overwrite and any(args.out.glob("*.pt")):
+            wrong = "holds another run; --resume, --overwrite, or another --out"
+    if any_process(wrong, args.device):
+        raise UserError(f"{args.out}: {wrong or 'see the first process'}")
     return content
 
 
 def run(args, make_codecs) -> None:
     """Train the stages asked for. Raises UserError, OSError, KeyboardInterrupt."""
     content = prepare_folder(args)
-    torch.manual_seed(args.seed)
+    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    torch.manual_seed(args.seed % 2**63)
     if args.init and not content:
-        model, _ = mf.load_checkpoint(args.init)
+        model, extra = mf.load_checkpoint(args.init)
         if args.config:
             raise UserError("--config: the sizes are those of --init")
+        if stages == ["mutual"] and (extra.get("stage") in mf.BRANCHES or extra.get("whole")):
+            raise UserError(f"{args.init}: is no end of stage 2")
     else:
         cfg = Config(**content["config"]) if content else read_config(args.config)
         model = AudioVideoTransformer(cfg)
     cfg = model.cfg
-    stages = list(STAGES) if args.stage == "all" else [args.stage]
+    check(args, cfg, stages)
     args.real, args.real_is_whole, args.clips = None, False, None
     if args.teacher:
         args.real, extra = mf.load_checkpoint(args.teacher)
         args.real_is_whole = bool(extra.get("whole"))
+        if not cfg.same_format(args.real.cfg):
+            raise UserError(f"{args.teacher}: makes films of another format than the model")
     if args.data:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
         args.clips = load_clips(args.data, cfg, frames_of(cfg, longest), args.out / ".clips")
-    check(args, cfg, stages)
+    for stage in stages:  # raises if no clip serves, or if the talker has other sizes
+        drawer(args.clips, stage)(cfg, np.random.default_rng(0), 2 * cfg.chunk_frames)
     native = "bf16" if mf.native_precision(args.device) == torch.bfloat16 else "fp32"
     args.precision = args.precision or native
     args.settings |= {"precision": args.precision, "clips": args.clips and fingerprint(args.clips)}
@@ -335,25 +350,30 @@ def run(args, make_codecs) -> None:
         if changed:
             raise UserError(f"--resume: this run was started with other {', '.join(changed)}")
         stages = stages[stages.index(content["stage"]) :]
+    codecs, size = make_codecs(cfg, args.device), sum(x.numel() for x in model.parameters())
+    state = State(model, stages[0], args)
+    if content:
+        state.restore(content)
     if process()[0] == 0:
-        log = args.out / "log.jsonl"
-        if content:  # forget what a killed run logged after its last checkpoint
-            os.truncate(log, content["log_size"])
-        else:
-            (args.out / "resume.pt").unlink(missing_ok=True)
-            log.write_text("")
-        size = sum(weight.numel() for weight in model.parameters()) / 1e6
-        print(f"{size:.2f} M parameters, {args.settings}", file=sys.stderr)
-    codecs = make_codecs(cfg, args.device)
+        print(f"{size / 1e6:.2f} M parameters, {args.settings}", file=sys.stderr)
+        begin_log(args.out / "log.jsonl", content)
     for stage in stages:
-        state = State(model, stage, args)
-        if content and stage == content["stage"]:
-            state.restore(content)
+        if stage != stages[0]:
+            # The next stage starts from the EMA weights, as saved.
+            model, _ = mf.load_checkpoint(args.out / f"{state.stage}.pt")
+            state = State(model, stage, args)
         train_stage(state, codecs, args)
-        # The next stage starts from the EMA weights, as saved.
-        model, _ = mf.load_checkpoint(args.out / f"{stage}.pt")
     if process()[0] == 0:
         print(f"{args.out / stages[-1]}.pt is ready", file=sys.stderr)
+
+
+def begin_log(log: Path, content: dict | None) -> None:
+    """A new run begins its log; one that goes on drops what was logged after its checkpoint."""
+    if content:
+        os.truncate(log, min(log.stat().st_size, content["log_size"]))
+    else:
+        log.with_name("resume.pt").unlink(missing_ok=True)
+        log.write_text("")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -397,6 +417,7 @@ def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
     if args.preset == "tiny":
         sizes = "" if args.init else TINY_SIZES
         args = build_parser().parse_args([*sizes.split(), *TINY.split(), *words])
+    args.init, args.teacher = (path and path.resolve() for path in (args.init, args.teacher))
     args.settings = {name: str(x) for name, x in vars(args).items() if name not in FREE}
     args.weights, args.extra = {term: getattr(args, term) for term in mf.WEIGHTS}, extra
     try:
@@ -412,7 +433,8 @@ def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
         print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"interrupted; go on with --resume --out {args.out}", file=sys.stderr)
+        again = shlex.join([*words, *([] if args.resume else ["--resume"])])
+        print(f"interrupted; go on with: python train.py {again}", file=sys.stderr)
         return 130
 
 

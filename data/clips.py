@@ -22,7 +22,7 @@ from data.codecs import Film
 from data.decoding import Clip, ClipError, decode_clip, stream_options
 from data.subtitles import read_transcript
 from data.talker import talk
-from mutual_forcing import Config, UserError
+from mutual_forcing import ALPHABET, Config, UserError
 
 SUBTITLES = (".vtt", ".srt")  # the first is taken if a clip has both
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif", ".svg")
@@ -167,6 +167,8 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of clips")
+    if cfg.symbols != len(ALPHABET):
+        raise UserError(f"subtitles have {len(ALPHABET)} symbols, the model has {cfg.symbols}")
     cache.mkdir(exist_ok=True)
     remarks = list_files(folder)
     paths = [path for path, remark in remarks.items() if not remark]

@@ -13,7 +13,7 @@ from numpy import ndarray
 from numpy.random import Generator, default_rng
 
 from data.codecs import Film
-from mutual_forcing import ALPHABET, Config
+from mutual_forcing import ALPHABET, Config, UserError
 
 NAMES = Config().characters  # the named characters; len(NAMES) as an index: an unknown person
 SILENCE = Config().silence  # a symbol; those below it are the letters
@@ -290,8 +290,13 @@ def draw_frames(who: Identity, moves: dict[str, ndarray], mouth: ndarray, size: 
 
 
 def talk(cfg: Config, rng: Generator, frames: int) -> Film:
-    """A film of a random person who talks; a generator in the same state makes the same film."""
-    assert cfg.silence == SILENCE and 2 * cfg.hop * cfg.fps == cfg.sample_rate
+    """A film of a random person who talks; a generator in the same state makes the same film.
+
+    Raises UserError for sizes that the talker does not have.
+    """
+    sizes = (cfg.silence, len(cfg.characters), 2 * cfg.hop * cfg.fps)
+    if sizes != (SILENCE, len(NAMES), cfg.sample_rate):
+        raise UserError("the talker has 27 symbols, 8 characters, and 2 hops of sound a frame")
     who = draw_identity(rng)
     symbols = draw_symbols(rng, frames + cfg.margin)
     heard = symbols[:frames]  # the rest follows after the film

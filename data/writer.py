@@ -1,6 +1,7 @@
 """Writing films: .mp4 with sound, .gif, .wav, and .png (a strip of frames above their sound)."""
 
 import os
+import re
 import signal
 import subprocess
 import tempfile
@@ -79,19 +80,21 @@ class FilmWriter:
         if self.kind == ".mp4":
             inputs = ["-i", self.path / "video.mp4", "-i", self.path / "f.wav"]
             options = ["-c:v", "copy", "-c:a", "aac", "-ar", "48000", "-movflags", "+faststart"]
+            options += ["-progress", "pipe:1"]  # prints frame=COUNT
             command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *inputs, *options, result]
             # In a process group of its own, which a Ctrl-C does not reach.
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             done = subprocess.run(command, check=False, text=True, process_group=0, **pipes)
-            if done.returncode or imageio_ffmpeg.count_frames_and_secs(result)[0] < self.num_frames:
-                raise OSError(f"{self.out}: ffmpeg could not write the film: {done.stdout[-200:]}")
+            counts = re.findall(r"frame=\s*(\d+)", done.stdout)
+            if done.returncode or counts[-1:] != [str(self.num_frames)]:
+                raise OSError(f"{self.out}: ffmpeg could not write the film: {done.stderr[-200:]}")
         elif self.kind == ".gif":
             frames = np.concatenate([frames for frames, _ in self.chunks])
             frames = frames.repeat(ENLARGE, 1).repeat(ENLARGE, 2)
             # A GIF counts time in 10 ms: round the instants, not the durations, and its pace is
             # right.
             instants = np.round(np.arange(len(frames) + 1) * 100 / self.cfg.fps) * 10
-            durations = np.diff(instants).tolist()
+            durations = np.diff(instants).tolist() if len(frames) > 1 else instants[1]
             iio.imwrite(result, frames, plugin="pillow", duration=durations, loop=0)
         elif self.kind == ".png":
             iio.imwrite(result, film_strip(self.chunks, self.cfg))

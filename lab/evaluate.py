@@ -8,7 +8,6 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +99,7 @@ def evaluate(
     """
     cfg = next(iter(models.values())).cfg
     for name, model in models.items():
-        own = {size: getattr(cfg, size) for size in ("width", "layers", "heads", "window")}
-        if replace(model.cfg, **own) != cfg:
+        if not cfg.same_format(model.cfg):
             raise UserError(f"{name}: makes films of another format than the first checkpoint")
     ruler, draw, rows = Ruler(cfg), drawer(clips, "joint"), []
     originals = held_out(cfg, talkers, seconds, 0, draw)
