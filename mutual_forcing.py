@@ -131,6 +131,8 @@ class Config:
             object.__setattr__(self, name, tuple(value))
         elif type(value) is not kind:
             raise UserError(f"Config.{name} must be {kind.__name__}, not {type(value).__name__}")
+        if kind is tuple and not all(type(item) is str for item in getattr(self, name)):
+            raise UserError(f"Config.{name} must be strings")
         least = 0 if name.endswith("_channels") else 1e-9
         if kind is not tuple and not least <= value < 2**20:
             raise UserError(f"Config.{name} = {value} is out of range")
@@ -252,6 +254,14 @@ def split(cfg: Config, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (B, S, E) -> tokens of video (B, S, N, video_dim), of audio (B, S, N, audio_dim)."""
     video, audio = latents.split([cfg.video_values, cfg.audio_values], -1)
     return video.unflatten(-1, (-1, cfg.video_dim)), audio.unflatten(-1, (-1, cfg.audio_dim))
+
+
+def check_latents(cfg: Config, latents: Tensor) -> Tensor:
+    """Video latents (B, S, N, video_dim), as they are. Raises UserError for those of other sizes."""
+    sizes, expected = tuple(latents.shape[2:]), (cfg.video_tokens, cfg.video_dim)
+    if sizes != expected:
+        raise UserError(f"the codec makes latents of {sizes}, the model has {expected}: see Codecs")
+    return latents
 
 
 def join(video: Tensor, audio: Tensor) -> Tensor:
@@ -929,7 +939,8 @@ def film_controls(
         raise UserError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
     still = frame.expand(1, cfg.step_frames, -1, -1, -1).to(device)
     given = torch.tensor([first_frame is not None])
-    controls = Controls(symbols, torch.tensor([index]), codecs.video.encode(still), given)
+    latent = check_latents(cfg, codecs.video.encode(still))
+    controls = Controls(symbols, torch.tensor([index]), latent, given)
     return controls.map(lambda tensor: tensor.to(device))
 
 

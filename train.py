@@ -1,36 +1,28 @@
-"""Train Mutual Forcing: `python train.py` runs all stages on the synthetic talker, into
-runs/talker.
+"""Train Mutual Forcing: `python train.py` runs all stages, into runs/talker.
 
 Options, one flat loop, checkpoints. The method is in mutual_forcing.py. Started by torchrun,
-several processes share the work (FSDP2): each draws films of its own, and the gradients are
-averaged.
+several processes share the work: each draws its own films, and gradients are averaged.
 """
 
 import argparse
 import copy
 import dataclasses
-import fcntl
 import json
-import os
 import shlex
-import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import imageio.v3 as iio
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import mutual_forcing as mf
+from data import runs
 from data.batches import Batches, film_batch, frames_of
 from data.clips import drawer, fingerprint, load_clips
 from data.codecs import make_codecs
@@ -64,38 +56,12 @@ TINY = "--steps 24 --batch 3 --seconds 1.5 2 --save 12"
 TINY_SIZES = "--config width=64 layers=2 heads=1"
 
 
-def process() -> tuple[int, int]:
-    """Which process this is, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def any_process(wish, device) -> bool:
-    """Whether any of the processes wishes it; all wait for all."""
-    wishes = torch.tensor(float(bool(wish)), device=device)
-    if process()[1] > 1:
-        dist.all_reduce(wishes)
-    return bool(wishes)
-
-
-def shard(net: AudioVideoTransformer, device: torch.device) -> None:
-    """Divide a network's weights among the processes (FSDP2), block by block."""
-    warnings.filterwarnings("ignore", "FSDP2-wrapped")  # of views changed in place: there are none
-    mesh = init_device_mesh(device.type, (process()[1],))
-    for side in (*net.video.sides, *net.audio.sides):
-        fully_shard(side, mesh=mesh)
-        for method in ("modulate", "project", "finish"):
-            register_fsdp_forward_method(side, method)
-    fully_shard(net, mesh=mesh, reshard_after_forward=True)
-    for method in ("start", "step"):
-        register_fsdp_forward_method(net, method)
-
-
 class State:
     """All that a training step changes, saved and restored whole: 2 + 2 steps are 4 steps."""
 
     def __init__(self, model: AudioVideoTransformer, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
-        self.seed = [args.seed, list(STAGES).index(stage), process()[0]]
+        self.seed = [args.seed, list(STAGES).index(stage), runs.process()[0]]
         window = min(model.cfg.window, self.plan.window)
         self.cfg = model.cfg = dataclasses.replace(model.cfg, window=window)
         self.model = model.train()
@@ -111,8 +77,8 @@ class State:
             self.nets["fake"], self.rates["fake"] = self.fake, FAKE_RATE * self.plan.lr
         for net in [*self.nets.values(), *([teacher] if teacher else [])]:
             net.to(args.device)
-            if process()[1] > 1:
-                shard(net, args.device)
+            if runs.process()[1] > 1:
+                runs.shard(net, args.device)
         self.optimizers, paper = {}, {"betas": (0.9, 0.95), "weight_decay": 0.02, "fused": True}
         for name in self.rates:
             weights = [weight for weight in self.nets[name].parameters() if weight.requires_grad]
@@ -143,8 +109,7 @@ def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict
         nets = {"teacher": state.ema, "real": state.real, "fake": state.fake}
         steps = 8 if state.step % 4 == 3 else 4  # our choice: every fourth rollout is of 8 steps
         options = {"weights": args.weights, "history": args.history, "guidance": args.guidance}
-        options["score_chunk"] = x.shape[1] if args.real_is_whole else None
-        options["extra"] = args.extra
+        options |= {"score_chunk": x.shape[1] if args.real_is_whole else None, "extra": args.extra}
         return mf.mutual_forcing_loss(state.model, x, controls, steps=steps, **nets, **options)
     branches = (state.stage,) if state.stage in mf.BRANCHES else mf.BRANCHES
     history, chunk = (None, x.shape[1]) if args.whole else (x, None)
@@ -200,17 +165,13 @@ def update(state: State, args) -> dict[str, float]:
 
 
 def train_stage(state: State, codecs, args) -> None:
-    """Train a stage to its end, with checkpoints and lines of log.jsonl now and then.
-
-    Ctrl-C and SIGTERM end it after the current step, with a checkpoint; then KeyboardInterrupt is
-    raised.
-    """
-    is_first = process()[0] == 0
+    """Train a stage to its end; after a Ctrl-C save the current step, then KeyboardInterrupt."""
+    is_first = runs.process()[0] == 0
     steps, seconds, batch = state.plan.steps, state.plan.seconds, state.plan.batch
     draw = drawer(args.clips, state.stage)
     batches = Batches(state.cfg, draw, state.seed, seconds, batch, args.accumulate)
     turns = range(state.step * args.accumulate, steps * args.accumulate)
-    ahead = {"num_workers": args.workers, "worker_init_fn": ignore_interrupts}
+    ahead = {"num_workers": args.workers, "worker_init_fn": runs.ignore_interrupts}
     films = iter(DataLoader(batches, batch_size=None, sampler=turns, **ahead))
     quiet = None if is_first else True  # None: a bar on terminals alone
     with (
@@ -227,7 +188,7 @@ def train_stage(state: State, codecs, args) -> None:
                 entry = {name: round(value, 5) for name, value in logs.items()}
                 with open(args.out / "log.jsonl", "a") as log:
                     print(json.dumps({"stage": state.stage, "step": state.step} | entry), file=log)
-            stop = any_process(interrupted, args.device)
+            stop = runs.any_process(interrupted, args.device)
             if stop or state.step % args.save == 0 or state.step == steps:
                 save(state, codecs, args)
             if stop:
@@ -237,7 +198,7 @@ def train_stage(state: State, codecs, args) -> None:
 def save(state: State, codecs, args) -> None:
     """Write the EMA weights, all that --resume needs, and a film strip (first process alone)."""
     content = state.content()
-    if process()[0] == 0:
+    if runs.process()[0] == 0:
         ema = AudioVideoTransformer(state.cfg)
         ema.load_state_dict(content["ema"][0])
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
@@ -250,13 +211,7 @@ def save(state: State, codecs, args) -> None:
             film = mf.stream(ema.to(args.device), codecs, seconds=6)
             picture = iio.imwrite("<bytes>", film_strip(list(film), state.cfg), extension=".png")
             mf.replace_file(args.out / f"{state.stage}.png", picture)
-    any_process(False, args.device)  # the others wait until the first has written
-
-
-def ignore_interrupts(_) -> None:
-    """For the processes that draw films: Ctrl-C and SIGTERM are for the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    runs.any_process(False, args.device)  # the others wait until the first has written
 
 
 def plan_of(args, stage: str) -> Plan:
@@ -288,35 +243,18 @@ def check(args, cfg: Config, stages: list[str]) -> None:
 
 def read_config(pairs: list[str]) -> Config:
     """FIELD=N words -> the sizes of a new model. Raises UserError."""
-    try:
-        return Config(**{name: json.loads(x) for name, x in (pair.split("=") for pair in pairs)})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--config: {error}") from error
-
-
-def prepare_folder(args) -> dict | None:
-    """Make --out this run's own; returns what --resume goes on from. Raises UserError."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    content = mf.load_file(args.out / "resume.pt") if args.resume else None
-    if content and "settings" not in content:
-        raise UserError(f"{args.out / 'resume.pt'}: not what --resume goes on from")
-    wrong = None
-    if process()[0] == 0:
-        args.lock = (args.out / ".lock").open("w")
-        try:
-            fcntl.lockf(args.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            wrong = "another run is at work there"
-        if not content and not args.overwrite and any(args.out.glob("*.pt")):
-            wrong = "holds another run; --resume, --overwrite, or another --out"
-    if any_process(wrong, args.device):
-        raise UserError(f"{args.out}: {wrong or 'see the first process'}")
-    return content
+    sizes, names = {}, [field.name for field in dataclasses.fields(Config)]
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        if name not in names or not value.replace(".", "", 1).isdigit():
+            raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
+        sizes[name] = float(value) if "." in value else int(value)
+    return Config(**sizes)
 
 
 def run(args, make_codecs) -> None:
     """Train the stages asked for. Raises UserError, OSError, KeyboardInterrupt."""
-    content = prepare_folder(args)
+    content, args.lock = runs.prepare_folder(args.out, args.resume, args.overwrite, args.device)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     torch.manual_seed(args.seed % 2**63)
     if args.init and not content:
@@ -345,8 +283,7 @@ def run(args, make_codecs) -> None:
     args.precision = args.precision or native
     args.settings |= {"precision": args.precision, "clips": args.clips and fingerprint(args.clips)}
     if content:
-        old = content["settings"]
-        changed = [name for name, value in args.settings.items() if old.get(name) != value]
+        changed = [name for name, x in args.settings.items() if content["settings"].get(name) != x]
         if changed:
             raise UserError(f"--resume: this run was started with other {', '.join(changed)}")
         stages = stages[stages.index(content["stage"]) :]
@@ -354,26 +291,17 @@ def run(args, make_codecs) -> None:
     state = State(model, stages[0], args)
     if content:
         state.restore(content)
-    if process()[0] == 0:
+    if runs.process()[0] == 0:
         print(f"{size / 1e6:.2f} M parameters, {args.settings}", file=sys.stderr)
-        begin_log(args.out / "log.jsonl", content)
+        runs.begin_log(args.out / "log.jsonl", content)
     for stage in stages:
         if stage != stages[0]:
             # The next stage starts from the EMA weights, as saved.
             model, _ = mf.load_checkpoint(args.out / f"{state.stage}.pt")
             state = State(model, stage, args)
         train_stage(state, codecs, args)
-    if process()[0] == 0:
+    if runs.process()[0] == 0:
         print(f"{args.out / stages[-1]}.pt is ready", file=sys.stderr)
-
-
-def begin_log(log: Path, content: dict | None) -> None:
-    """A new run begins its log; one that goes on drops what was logged after its checkpoint."""
-    if content:
-        os.truncate(log, min(log.stat().st_size, content["log_size"]))
-    else:
-        log.with_name("resume.pt").unlink(missing_ok=True)
-        log.write_text("")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -408,10 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
-    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted.
-
-    A fork passes its codecs and its own objectives of stage 3 (see mutual_forcing_loss).
-    """
+    """The command line, with a fork's codecs and objectives; returns 0, 2 (mistake) or 130."""
     words = sys.argv[1:] if argv is None else list(argv)
     args = build_parser().parse_args(words)
     if args.preset == "tiny":
@@ -421,12 +346,7 @@ def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
     args.settings = {name: str(x) for name, x in vars(args).items() if name not in FREE}
     args.weights, args.extra = {term: getattr(args, term) for term in mf.WEIGHTS}, extra
     try:
-        args.device = mf.find_device(args.device)
-        if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():  # by torchrun
-            if args.device.type == "cuda":
-                args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-                torch.cuda.set_device(args.device)
-            dist.init_process_group("nccl" if args.device.type == "cuda" else "gloo")
+        args.device = runs.start_processes(mf.find_device(args.device))
         run(args, make_codecs)
         return 0
     except (UserError, OSError) as error:

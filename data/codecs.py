@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mutual_forcing import Codecs, Config, Controls, join
+from mutual_forcing import Codecs, Config, Controls, check_latents, join
 
 
 class Film(NamedTuple):
@@ -147,7 +147,7 @@ def encode_films(cfg: Config, codecs: Codecs, films: Film) -> tuple[Tensor, Cont
     controls = Controls(
         symbols=films.symbols,
         character=films.character,
-        first_frame=codecs.video.encode(still),
+        first_frame=check_latents(cfg, codecs.video.encode(still)),
         has_first_frame=torch.ones_like(films.character).bool(),
     )
     return join(codecs.video.encode(films.frames), codecs.audio.encode(films.samples)), controls

@@ -47,6 +47,8 @@ def read_pixels(path: Path, report: Callable[[str], None]) -> ndarray:
                 white = Image.new("RGBA", picture.size, "white")
                 picture = Image.alpha_composite(white, picture)
         return np.array(picture.convert("RGB"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
     except DAMAGED as error:
         raise UserError(f"{path}: not a readable picture") from error
 

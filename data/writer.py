@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ class FilmWriter:
         self.out, self.cfg, self.kind = out, cfg, out.suffix.lower()
         if self.kind not in (".mp4", ".gif", ".wav", ".png"):
             raise UserError(f"{out}: the ending must be .mp4, .gif, .wav or .png")
+        if not out.parent.is_dir():
+            raise UserError(f"{out.parent}: no such folder")
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
         self.path = Path(
             self.folder.name
@@ -129,9 +132,14 @@ def film_strip(chunks: list, cfg: Config) -> np.ndarray:
 
 @contextmanager
 def delayed_interrupt():
-    """Within it, Ctrl-C and SIGTERM fill the list that it yields, and do nothing else."""
+    """Within it, Ctrl-C and SIGTERM only fill the list that it yields, and say so on stderr."""
     interrupted, numbers = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: interrupted.append(True)) for number in numbers]
+
+    def note(number, _):
+        interrupted.append(number)
+        print("interrupted; finishing what is in progress", file=sys.stderr)
+
+    before = [signal.signal(number, note) for number in numbers]
     try:
         yield interrupted
     finally:

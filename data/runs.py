@@ -1,0 +1,85 @@
+"""A run of training: its processes (torchrun), its folder and its log."""
+
+import fcntl
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+from mutual_forcing import AudioVideoTransformer, UserError, load_file
+
+
+def start_processes(device: torch.device) -> torch.device:
+    """Join the other processes if torchrun started this one; returns its own device."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def process() -> tuple[int, int]:
+    """Which process this is, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def any_process(wish, device) -> bool:
+    """Whether any of the processes wishes it; all wait for all."""
+    wishes = torch.tensor(float(bool(wish)), device=device)
+    if process()[1] > 1:
+        dist.all_reduce(wishes)
+    return bool(wishes)
+
+
+def shard(net: AudioVideoTransformer, device: torch.device) -> None:
+    """Divide a network's weights among the processes (FSDP2), block by block."""
+    warnings.filterwarnings("ignore", "FSDP2-wrapped")  # of views changed in place: there are none
+    mesh = init_device_mesh(device.type, (process()[1],))
+    for side in (*net.video.sides, *net.audio.sides):
+        fully_shard(side, mesh=mesh)
+        for method in ("modulate", "project", "finish"):
+            register_fsdp_forward_method(side, method)
+    fully_shard(net, mesh=mesh, reshard_after_forward=True)
+    for method in ("start", "step"):
+        register_fsdp_forward_method(net, method)
+
+
+def prepare_folder(out: Path, resume: bool, overwrite: bool, device) -> tuple:
+    """Make a folder a run's own -> what resume goes on from, and a lock to keep. Raises UserError."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = load_file(out / "resume.pt") if resume else None
+    if content and "settings" not in content:
+        raise UserError(f"{out / 'resume.pt'}: not what --resume goes on from")
+    wrong, lock = None, (out / ".lock").open("a")
+    if process()[0] == 0:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            wrong = "another run is at work there"
+        if not content and not overwrite and any(out.glob("*.pt")):
+            wrong = "holds another run; --resume, --overwrite, or another --out"
+    if any_process(wrong, device):
+        raise UserError(f"{out}: {wrong or 'see the first process'}")
+    return content, lock
+
+
+def begin_log(log: Path, content: dict | None) -> None:
+    """A new run begins its log; one that goes on drops what was logged after its checkpoint."""
+    if content:
+        os.truncate(log, min(log.stat().st_size, content["log_size"]))
+    else:
+        log.with_name("resume.pt").unlink(missing_ok=True)
+        log.write_text("")
+
+
+def ignore_interrupts(_) -> None:
+    """For the processes that draw films: Ctrl-C and SIGTERM are for the one that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,545 @@
+"""What data/ claims: codecs, film files, runs of training, clips, subtitles and pictures."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from types import SimpleNamespace
+
+import imageio.v3
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+import mutual_forcing as mf
+import sample
+import train
+from data.batches import Batches, film_batch
+from data.clips import drawer, fingerprint, load_clips, read_subtitles
+from data.codecs import encode_films, make_codecs, stack
+from data.decoding import ClipError, decode_clip
+from data.pictures import read_picture
+from data.talker import talk
+from data.writer import FilmWriter
+from mutual_forcing import AudioVideoTransformer, Config, UserError, spell
+
+HERE = Path(__file__).parents[1]
+WHOLE = "WHOLE" in os.environ  # all seeds of the random tests, not a few
+TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, chunk=2, window=2)
+CODECS = make_codecs(TINY)
+SMALL = "--config width=32 layers=1 heads=1 chunk=2 image=32 --batch 3 --seconds 0.75 1 --save 2"
+SMALL += " --lr 1e-2 --device cpu --precision fp32 --from-scratch"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def run_train(out, words="", **more) -> int:
+    return train.main([*SMALL.split(), *words.split(), "--out", str(out)], **more)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint of stage 2 after two steps."""
+    folder = tmp_path_factory.mktemp("small")
+    assert run_train(folder, "--stage joint --steps 2") == 0
+    return folder / "joint.pt"
+
+
+# ---- Codecs and film files
+
+
+def test_codecs_invert_and_stream():
+    frames = torch.arange(2 * 4 * 16 * 16 * 3).remainder(256).byte().reshape(2, 4, 16, 16, 3)
+    samples = torch.rand(2, 4 * 64) * 2 - 1
+    for codec, film, due in zip(CODECS, (frames, samples), (0, TINY.hop)):
+        tokens = codec.encode(film)
+        begin, state = codec.decode_next(tokens[:, :1])
+        rest, state = codec.decode_next(tokens[:, 1:], state)
+        n, streamed = film.shape[1] - due, torch.cat([begin, rest], 1)
+        assert torch.allclose(streamed.float(), film[:, :n].float(), atol=1e-5)
+        assert torch.allclose(codec.decode(tokens)[:, :n], streamed)
+    assert torch.equal(codec.decode(tokens)[:, n:], state)  # the sound that is due
+
+
+def test_video_codec_enlarges_changes_and_differences_across_borders():
+    frames = torch.full((1, 2, 16, 16, 3), 100, dtype=torch.uint8)
+    frames[:, 1] += 10  # brighter in time
+    frames[..., 8:, :] += 20  # and a step at the border of two patches
+    tokens = CODECS.video.encode(frames)[0, 0, :2]
+    left, right = tokens.unflatten(1, (2, 8, 8, 3))[:, :, 0, :, 0]  # each (frame, column)
+    grey, step = (left + right.flip(1)) / 2, right.flip(1) - left  # of mirrored pixels
+    assert torch.allclose(grey[0], torch.tensor(110 / 127.5 - 1))
+    assert torch.allclose(grey[1] - grey[0], torch.tensor(TINY.motion * 10 / 127.5))
+    gain = torch.tensor([1, 1, 1, 1, 1, TINY.seam / 3, TINY.seam / 2, TINY.seam])
+    assert torch.allclose(step, 20 / 127.5 * gain)
+
+
+def test_spectra_of_sound_are_orthogonal_and_have_unit_variance():
+    cfg = Config()
+    codecs = make_codecs(cfg)
+    product = codecs.audio.basis.double().T @ codecs.audio.basis.double()
+    assert (product - torch.eye(cfg.hop)).abs().max() < 1e-6
+    films = stack([talk(cfg, np.random.default_rng(seed), 24) for seed in range(16)])
+    x, _ = encode_films(cfg, codecs, films)
+    video, audio = mf.split(cfg, x)
+    assert audio.shape == (16, 12, 8, 125) and 0.8 < audio.std() < 1.2
+    assert torch.equal(mf.join(video, audio), x)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "wav", "png"])
+def test_sample_writes_each_kind_of_film(kind, small, tmp_path, capsys):
+    (tmp_path / "films").mkdir()
+    out = tmp_path / "films" / f"film.{kind}"
+    words = f"--checkpoint {small} --say hi_ab --out {out} --json --device cpu"
+    assert sample.main(words.split()) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["frames"] == 2 + 3 * 5 + 8 and figures["steps"] == 4
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    if kind == "wav":
+        samples, rate = soundfile.read(out)
+        assert rate == 8000 and len(samples) == 25 * 500 and np.abs(samples).max() > 0
+    elif kind == "png":
+        assert imageio.v3.imread(out).shape == (2 * (32 + 24), 2 * 32 * 7, 3)
+    else:
+        frames = imageio.v3.imread(out, index=None)
+        assert frames.shape[1:3] == (128, 128) and len(frames) == 25
+    if kind == "mp4":
+        assert abs(imageio_ffmpeg.count_frames_and_secs(out)[1] - 25 / 16) < 0.05
+
+
+def test_interrupted_sampling_keeps_the_chunks_so_far_and_the_old_film(
+    small, tmp_path, monkeypatch
+):
+    old = tmp_path / "film.wav"
+    old.write_bytes(b"old")
+    add = FilmWriter.add
+
+    def interrupt(writer, frames, samples):
+        add(writer, frames, samples)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(FilmWriter, "add", interrupt)
+    words = f"--checkpoint {small} --seconds 9 --out {old} --device cpu"
+    assert sample.main(words.split()) == 130
+    (new,) = tmp_path.glob("film-interrupted-*.wav")
+    assert old.read_bytes() == b"old" and 0 < len(soundfile.read(new)[0]) <= 4 * 500
+
+
+# ---- Runs of training
+
+
+CHILD = """
+import sys, torch
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)
+import train
+save = train.save
+def kept(state, codecs, args):
+    save(state, codecs, args)
+    weights = state.model.state_dict()
+    weights = {n: getattr(w, "full_tensor", lambda w=w: w)() for n, w in weights.items()}
+    torch.save(weights, args.out / f"weights{train.runs.process()[0]}")
+train.save = kept
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def run_processes(script: Path, count: int, words: str, out: Path):
+    """Train in float64 in so many processes; returns the weights that each ends with."""
+    script.write_text(CHILD)
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command = [sys.executable, *(start if count > 1 else []), script, *SMALL.split()]
+    command += [*words.split(), "--seconds", "1", "--out", out]
+    env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(out / f"weights{rank}") for rank in range(count)]
+
+
+def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
+    words = "--stage mutual --steps 2"
+    one, two = run_processes(tmp_path / "child.py", 2, words, tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    # The same in one loop: the losses of both ranks by their seeds, averaged.
+    torch.set_default_dtype(torch.float64)
+    try:
+        args = train.build_parser().parse_args(
+            [*SMALL.split(), *words.split(), "--seconds", "0.75"]
+        )
+        args.device, args.real, args.real_is_whole, args.extra = (
+            torch.device("cpu"),
+            None,
+            False,
+            None,
+        )
+        args.weights = mf.WEIGHTS
+        torch.manual_seed(0)
+        model = AudioVideoTransformer(train.read_config(args.config))
+        codecs, state = make_codecs(model.cfg), train.State(model, "mutual", args)
+        for step in range(2):
+            for rank in range(2):
+                seed = [args.seed, list(train.STAGES).index("mutual"), rank]
+                batches = Batches(model.cfg, talk, seed, [1.0], 3, 1)
+                x, controls = film_batch(state.model, codecs, *batches[step], train.NO_TRANSCRIPT)
+                seed = np.random.SeedSequence([*seed, step, 0])
+                torch.manual_seed(int(seed.generate_state(1)[0]))
+                losses, _ = train.losses_of(state, x, controls, args)
+                (sum(losses.values()) / 2).backward()
+            train.update(state, args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, weight in state.model.state_dict().items():
+        assert (weight - one[name]).abs().max() < 1e-6
+    # A run goes on in another number of processes.
+    resume = tmp_path / "two" / "resume.pt"
+    content = mf.load_file(resume) | {"stage": "mutual", "step": 1}
+    mf.save_file(resume, content)
+    run_processes(tmp_path / "child.py", 1, words + " --resume", tmp_path / "two")
+    assert mf.load_checkpoint(tmp_path / "two" / "mutual.pt")[1]["step"] == 2
+
+
+def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_path, capsys):
+    before = small.read_bytes()
+    for words, said in (
+        ("--stage joint", "holds another run"),
+        ("--stage joint --steps 3 --resume", "started with other steps"),
+    ):
+        assert run_train(small.parent, words) == 2
+        assert said in capsys.readouterr().err and small.read_bytes() == before
+    strict = SMALL.replace(" --from-scratch", "").split()
+    for words, said in (
+        ("--stage mutual", "--init"),
+        ("--config widht=3", "widht"),
+        ("--config width=4.5", "Config.width"),
+        ("--seconds 0.1", "--seconds"),
+        ("--stage joint --batch 0", "--batch"),
+        ("--init nowhere.pt", "nowhere.pt"),
+        ("--data nowhere", "nowhere"),
+        ("--device tpu", "tpu"),
+        ("--flow 0 --dmd 0 --shortcut 0", "weights"),
+    ):
+        assert train.main([*strict, *words.split(), "--out", str(tmp_path / "new")]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert said in lines[-1] and "Traceback" not in "".join(lines), (words, lines)
+    assert run_train(small.parent, "--stage joint --steps 2 --overwrite") == 0
+    assert small.read_bytes() == before  # the same run, anew
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path, monkeypatch, capsys):
+    losses_of = train.losses_of
+
+    def bad(state, *rest):
+        losses, logs = losses_of(state, *rest)
+        if state.step == 2:  # the loss is finite, its gradient is not
+            weight = state.model.audio.embed.bias
+            losses["flow"] = losses["flow"] + (weight - weight.detach()).abs().sqrt().sum()
+        return losses, logs
+
+    monkeypatch.setattr(train, "losses_of", bad)
+    assert run_train(tmp_path, "--stage joint --steps 4") == 2
+    assert str(tmp_path / "joint.pt") in capsys.readouterr().err
+    model, extra = mf.load_checkpoint(tmp_path / "joint.pt")
+    assert extra["step"] == 2 and all(weight.isfinite().all() for weight in model.parameters())
+
+
+def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path, monkeypatch, capsys):
+    step = train.train_step
+
+    def interrupted(state, *rest):
+        if state.step == 0:
+            signal.raise_signal(signal.SIGINT)
+        return step(state, *rest)
+
+    monkeypatch.setattr(train, "train_step", interrupted)
+    assert run_train(tmp_path, "--stage video --steps 3") == 130
+    assert "--resume" in capsys.readouterr().err
+    assert mf.load_file(tmp_path / "resume.pt")["step"] == 1
+    assert run_train(tmp_path, "--stage video --steps 3 --resume") == 0
+
+
+# ---- Checkpoints
+
+
+@pytest.mark.parametrize("seed", range(300 if WHOLE else 20))
+def test_fuzz_checkpoints(seed, small, tmp_path):
+    """Any damage ends in one clear line, or in a model where one is still possible."""
+    rng, path = np.random.default_rng(seed), tmp_path / "bad.pt"
+    if seed % 4 == 0:  # bits of the header, of the pickle, of anything; or the end is cut off
+        data = bytearray(small.read_bytes())
+        for at in rng.integers(rng.choice([300, 5000, len(data)]), size=3):
+            data[at] ^= 1 << rng.integers(8)
+        path.write_bytes(data[: rng.choice([len(data), rng.integers(len(data))])])
+    else:  # another value in the place of one
+        content = mf.load_file(small)
+        tree = (content, content["config"], content["weights"])[seed % 4 - 1]
+        odd = [0, -1, 10**9, 1e308, math.nan, "9", None, [1], 2.5, {}]
+        if seed % 4 == 3:
+            odd += [torch.zeros(1).expand(2**50), tree["no_first"].to(torch.int8)]
+        tree[str(rng.choice([*tree, "more"]))] = odd[rng.integers(len(odd))]
+        mf.save_file(path, content)
+    try:
+        mf.load_checkpoint(path)
+    except mf.CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert seed % 4
+
+
+# ---- Clips, subtitles and pictures
+
+
+CFG = Config()
+one = "1\n{}\nhello you\n".format  # a cue by its times
+TWO = "1\n00:00:01,000 --> 00:00:02,000\nhello you\n\n2\n00:00:03,500 --> 00:00:04,000\nhm\n"
+
+
+def ffmpeg(path, *options, pixels=None, rate=16):
+    """Write a file; pixels (F, h, w, 3) are given to ffmpeg as its first input."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y"]
+    if pixels is not None:
+        size = f"{pixels.shape[2]}x{pixels.shape[1]}"
+        command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(rate), "-i", "-"]
+    data = b"" if pixels is None else pixels.tobytes()
+    subprocess.run([*command, *map(str, options), path], input=data, check=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory):
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    sound = ["-f", "lavfi", "-i", "sine=440:d=4:r=16000"]
+    options = ["-pix_fmt", "yuv420p", "-g", "12", "-movflags", "+faststart"]
+    return ffmpeg(path, "-f", "lavfi", "-i", "testsrc=s=64x48:r=25:d=4", *sound, *options)
+
+
+def said(tmp_path, text, frames=80):
+    (tmp_path / "said.srt").write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_subtitles(tmp_path / "said.srt", CFG, frames)
+
+
+def expected(*phrases, frames=80):
+    """Symbols of (begin, end, text) in frames; a text of None is unknown."""
+    symbols = np.full(frames, CFG.silence)
+    for begin, end, text in phrases:
+        letters = [CFG.unknown] if text is None else spell(text, 1)
+        for frame in range(begin, min(end, frames)):
+            symbols[frame] = letters[(frame - begin) * len(letters) // (end - begin)]
+    return symbols
+
+
+HELLO, BOTH = [(16, 32, "hello you")], [(16, 32, "hello you"), (56, 64, "hm")]
+LATER, LONG = [(24, 40, "hello you")], "1\n00:00:01,000 --> 00:00:03,000\n"
+VTT, CAPTION = "WEBVTT\n\n", "0:00.32 --> 0:02.389 align:start\n \nhello<0:00.919><c> and</c>"
+CAPTION += "<0:01.199><c> you</c>\n\n0:02.389 --> 0:02.399\nhello and you\n \n\n0:02.399 --> 0:04\n"
+ROLLING = [(5, 15, "hello "), (15, 19, "and "), (19, 38, "you "), (38, 45, "to "), (45, 64, "my")]
+READ = {  # a text, and the phrases that it holds
+    "two digits": (one("00:00:01,95 --> 00:00:03,50"), [(31, 56, "hello you")]),
+    "six digits": (one("0:00:01.950000 --> 0:00:03"), [(31, 48, "hello you")]),
+    "colon": (one("00:00:01:500 --> 00:00:02:500"), LATER),
+    "space": (one("00:00:01, 500 --> 00:00:02, 500"), LATER),
+    "blank": (one("00:00:01,000 --> 00:00:02,000\n \n"), HELLO),
+    "crcrlf": (TWO.replace("\n", "\r\r\n"), BOTH),
+    "latin-1": (TWO.replace("hello", "h\xe9llo").encode("latin-1"), BOTH),
+    "accents": (TWO.replace("hello", "he\u0301ll\xf6"), [(16, 32, "hello you"), BOTH[1]]),
+    "signs": (LONG + "a < b --> c > d", [(16, 48, "a < b --> c > d")]),
+    "markup": (TWO.replace("hello", "{\\an8}<i>hello</i>"), BOTH),
+    "same time": (LONG + "ab\n\n" + LONG + "cd", [(16, 48, "ab cd")]),
+    "overlap": ("0:03 --> 0:05\ncd\n\n0:01 --> 0:04\nab", [(16, 48, "ab "), (48, 80, "cd")]),
+    "vtt": (VTT + "NOTE a\nb\n\nname\n0:01 --> 0:02 line:0%\n<v Al>hello you\n\nNOTE c", HELLO),
+    "rolling": (VTT + CAPTION + "hello and you\nto<0:02.800><c> my</c>\n", ROLLING),
+}
+for encoding in ("utf-8-sig", "utf-16", "utf-16-be", "utf-32-le"):
+    READ[encoding] = (TWO.encode(encoding), BOTH)
+UNKNOWN = {  # the reason -> a text, the words that are left, and the frames that are unknown
+    "(line 6)": (TWO.replace("03,500", "0x,500"), [*HELLO, (32, 80, None)]),
+    "2 of 2 cues": (TWO.replace("-->", "->"), [(0, 80, None)]),
+    "after the end": (TWO.replace("00:03", "10:03").replace("00:04", "10:04"), HELLO),
+    "letters a to z": (TWO.replace("hm", "\u4f60\u597d"), [*HELLO, (56, 64, None)]),
+    "too short": (TWO.replace("04,000", "03,510"), [*HELLO, (56, 57, None)]),
+    "times (line 10)": (TWO + "\n3\n00:00:04,5", [*BOTH, (64, 80, None)]),
+}
+
+
+@pytest.mark.parametrize("name", [*READ, *UNKNOWN])
+def test_subtitles_are_read_or_unknown_and_named(name, tmp_path, capsys):
+    text, phrases = {**READ, **UNKNOWN}[name]
+    assert (said(tmp_path, text) == expected(*phrases)).all()
+    remark = capsys.readouterr().err
+    assert name in remark if name in UNKNOWN else remark == ""
+
+
+def test_long_subtitles_take_less_than_a_second(tmp_path):
+    cues = []
+    for i in range(0, 10800, 2):  # three hours
+        stamp = f"{i // 3600}:{i // 60 % 60}:{i % 60}"
+        cues.append(one(f"{stamp},100 --> {stamp},900"))
+    digits = "1" * 32000
+    line = one(f"00:00:01,{digits} --> {digits}:00:02") + f"&#{digits};"
+    for text in ("\n".join(cues), digits, line):
+        began = time.process_time()
+        said(tmp_path, text, frames=3 * 3600 * CFG.fps)
+        assert time.process_time() - began < 1
+
+
+def test_a_folder_is_used_or_named(film, tmp_path, capsys):
+    folder, cache = tmp_path / "clips", tmp_path / "cache"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.mp4", "sub/b.m4v", "noending"):
+        (folder / name).write_bytes(film.read_bytes())
+    for line in ("c.ts", "d.m4a -vn", "e.avi -an", "short.mkv -t 0.5"):
+        name, *options = line.split()
+        ffmpeg(folder / name, "-i", film, *options)
+    Image.new("RGB", (9, 9)).save(folder / "p.png")
+    for name in ("a.en.srt", "a.srt", "orphan.vtt", "n.txt", ".hidden"):
+        (folder / name).write_text(TWO)
+    (folder / "damaged.mp4").write_bytes(b"\0nothing")
+    clips = load_clips(folder, CFG, 24, cache)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith("1 clips with words, 5 without words, 7 files not used")
+    for line in """without picture, for stage audio alone: d.m4a
+        without sound, for stage video alone: e.avi
+        a.en.srt: not used, a.mp4 has a.srt
+        orphan.vtt: not used, no clip of its name is used
+        p.png: not used, a picture
+        n.txt: not used, a text
+        .hidden: not used, hidden
+        short.mkv: not used, 0.50 s, a clip takes 1.50 s""".splitlines():
+        assert f"  {line.strip()}" in lines
+    assert "  damaged.mp4: not used, nothing in it can be decoded" in "\n".join(lines)
+    assert len(clips) == 6 and len(drawer(clips, "joint").args[0]) == 4
+    words = np.pad(expected(*BOTH, frames=64), CFG.margin, constant_values=CFG.silence)
+    assert (clips[0].symbols == words).all()
+    assert (clips[1].symbols == CFG.unknown).all()
+    assert fingerprint(load_clips(folder, CFG, 24, cache)) == fingerprint(clips)  # from the cache
+    for path in folder.glob("[!a]*"):
+        path.rename(tmp_path / path.name)
+    load_clips(folder, CFG, 24, cache)
+    assert sum(file.name != "lock" for file in cache.iterdir()) == 3  # of one clip
+
+
+def test_loading_takes_little_memory(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        ffmpeg(tmp_path / name, "-f", "lavfi", "-i", "testsrc=s=64x64:r=16:d=60")
+    tracemalloc.start()
+    clips = load_clips(tmp_path, CFG, 24, tmp_path / ".cache")
+    fingerprint(clips)
+    assert tracemalloc.get_traced_memory()[1] < 2 * clips[0].frames.nbytes
+    tracemalloc.stop()
+
+
+def test_only_what_is_decoded_counts(film, tmp_path):
+    title = ["-i", film, "-metadata", "title=Stream #0:0: Video: Audio: Stream mapping:"]
+    mute = ffmpeg(tmp_path / "mute.mp4", *title, "-an")
+    sound = ffmpeg(tmp_path / "sound.webm", *title, "-vn")
+    (tmp_path / "late.srt").write_text(one("00:00:01,000 --> 00:01:00,000"))
+    long = ffmpeg(tmp_path / "long.mkv", "-i", film, "-i", tmp_path / "late.srt", "-c:v", "copy")
+    Image.new("RGB", (64, 64)).save(tmp_path / "cover.jpg")
+    cover = f"-i {tmp_path}/cover.jpg -map 0:a -map 1 -disposition:v attached_pic".split()
+    covered = ffmpeg(tmp_path / "covered.mp3", "-i", film, *cover)
+    pipe, twice = tmp_path / "pipe.wav", tmp_path / "twice.mp3"
+    start, _, samples = ffmpeg(pipe, "-i", film, "-vn").read_bytes().partition(b"data")
+    pipe.write_bytes(start[:4] + b"\xff" * 4 + start[8:] + b"data" + b"\xff" * 4 + samples[4:])
+    twice.write_bytes(b"\0\1rubbish" * 99 + 2 * covered.read_bytes())
+    clips = [decode_clip(path, CFG) for path in (mute, sound, long, covered, pipe, twice)]
+    assert [len(clip.frames) for clip in clips] == [64, 0, 64, 0, 0, 0]
+    assert [round(len(clip.samples) / 8000) for clip in clips] == [0, 4, 4, 4, 4, 8]
+    assert not any(clip.note for clip in clips)
+
+
+def test_damage_keeps_what_precedes_it(film, tmp_path):
+    data = film.read_bytes()
+    middle = data.index(b"mdat") + (len(data) - data.index(b"mdat")) // 2
+    whole, damaged = decode_clip(film, CFG), tmp_path / "damaged.mp4"
+    zeros = data[:middle] + bytes(500) + data[middle + 500 :]
+    for content in (data[:middle], zeros):
+        damaged.write_bytes(content)
+        clip = decode_clip(damaged, CFG)
+        assert 16 < len(clip.frames) < 48 and clip.note.startswith("damaged")
+        assert (clip.frames == whole.frames[: len(clip.frames)]).mean() > 0.95
+        assert len(clip.samples) == len(clip.frames) * CFG.sample_rate // CFG.fps
+    with pytest.raises(ClipError, match=r"before its damage .*a clip takes 3\.75 s"):
+        decode_clip(damaged, CFG, 60)
+    damaged.write_bytes(data.replace(b"avcC", b"avbC"))  # its picture cannot be decoded
+    assert len(decode_clip(damaged, CFG).samples) == len(whole.samples)
+
+
+def test_films_are_decoded_as_they_are_shown(tmp_path):
+    y, x = np.mgrid[-127.5:128, -63.5:64]
+    disc = ((y / 80) ** 2 + (x / 40) ** 2 < 1) * np.uint8(255)
+    disc = np.tile(disc[None, :, :, None], (32, 1, 1, 3))
+    path = ffmpeg(tmp_path / "wide.mp4", "-vf", "setsar=2", "-pix_fmt", "yuv420p", pixels=disc)
+    turned = ffmpeg(tmp_path / "turned.mp4", "-display_rotation", 90, "-i", path, "-c", "copy")
+    for film in (path, turned):
+        shown = decode_clip(film, CFG).frames[9, ..., 0] > 127
+        assert abs(shown.any(0).sum() - 40) <= 1 and abs(shown.any(1).sum() - 40) <= 1
+    grey = np.full((32, 64, 64, 3), (200, 60, 40), np.uint8)
+    for levels in ("tv", "pc"):
+        options = ["-vf", f"scale=out_range={levels},format=yuv444p", "-color_range", levels]
+        clip = decode_clip(ffmpeg(tmp_path / f"{levels}.mp4", *options, pixels=grey), CFG)
+        assert np.abs(clip.frames[9].astype(int) - (200, 60, 40)).max() < 5
+    frame, _, column = np.mgrid[:100, :128, :128]
+    bar = np.tile(((column - frame) // 30 == 0)[..., None] * np.uint8(255), 3)
+    weave = ["-vf", "tinterlace=interleave_top,setfield=tff", "-c:v", "mpeg2video", "-b:v", "9M"]
+    path = ffmpeg(tmp_path / "i.mpg", *weave, "-flags", "+ilme+ildct", pixels=bar, rate=50)
+    big = decode_clip(path, SimpleNamespace(image=128, fps=16, sample_rate=8000))
+    rows = big.frames[8:24, 8:-8, :, 0].astype(int)
+    assert np.abs(2 * rows[:, 1:-1] - rows[:, :-2] - rows[:, 2:]).mean() < 0.5  # no comb
+
+
+@pytest.mark.parametrize("rate", ["2", "ntsc", "240", "late", "variable"])
+def test_flash_and_click_come_at_the_same_time(rate, tmp_path):
+    known = {"late": (25, 1), "variable": (30, 0), "ntsc": (30000 / 1001, 0)}
+    fps, late = known.get(rate) or (int(rate), 0)
+    pixels = np.zeros((round((4 - late) * fps), 48, 64, 3), np.uint8)
+    pixels[round((2 - late) * fps) :] = 255
+    drop = ["-vf", "select='not(mod(n,7))+lt(n,20)+eq(n,60)'", "-fps_mode", "vfr"]
+    options = ["-c:v", "ffv1", *(drop if rate == "variable" else [])]
+    picture = ffmpeg(tmp_path / "p.mkv", *options, pixels=pixels, rate=fps)
+    click = ["-f", "lavfi", "-i", "aevalsrc='gte(t,2)*lt(t,2.1)*0.5':d=4:s=16000"]
+    path = ffmpeg(tmp_path / "f.mkv", "-itsoffset", late, "-i", picture, *click)
+    clip = decode_clip(path, CFG)
+    assert abs((clip.frames.mean((1, 2, 3)) > 127).argmax() - 2 * CFG.fps) <= 1
+    assert abs((np.abs(clip.samples) > 0.1).argmax() - 2 * 8000) <= 8000 / CFG.fps
+
+
+def test_pictures_are_read_as_they_are_shown(tmp_path):
+    y, x = np.mgrid[:90, :130]
+    grey = (x * 255 // 129).astype(np.uint8)
+    colour = Image.fromarray(np.stack([grey, y * 2, grey // 2], -1).astype(np.uint8))
+    path, said = tmp_path / "p.png", []
+
+    def read(picture, path=path, **options):
+        picture.save(path, **options)
+        said.clear()
+        return read_picture(path, 64, said.append).astype(int)
+
+    ramp = read(Image.fromarray(grey))
+    assert np.abs(ramp[5, :, 0] - (20 + np.arange(64) * 90 / 64) * 255 / 129).max() < 3
+    assert (read(Image.fromarray(grey.astype(np.uint16) * 257)) == ramp).all() and len(said) == 2
+    for values in (grey.astype(np.int32) << 23, (grey / 255).astype(np.float32)):
+        assert np.abs(read(Image.fromarray(values), tmp_path / "p.tif") - ramp).max() <= 1
+    plain = read(colour)
+    hidden = colour.convert("RGBA")
+    assert (read(hidden) == plain).all() and len(said) == 1
+    hidden.putalpha(0)
+    assert (read(hidden) == 255).all() and "transparent" in said[0]
+    assert np.abs(read(colour.convert("CMYK"), tmp_path / "p.tif") - plain).max() <= 1
+    turned, exif = colour.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[274] = 6
+    assert (read(turned, exif=exif) == plain).all()
+    for content in (b"", b"text", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="not a readable picture"):
+            read_picture(path, 64, said.append)
