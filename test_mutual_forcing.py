@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 from dataclasses import fields, replace
 from pathlib import Path
@@ -722,7 +723,8 @@ def test_a_forks_codecs_and_objective_are_arguments_of_main(tmp_path):
         return loss, {"mine": loss.item()}
 
     readme = (HERE / "README.md").read_text()
-    exec(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1], example := {"__name__": "readme"})
+    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1])
+    example = runpy.run_path(tmp_path / "example.py")
     words = "--stage mutual --steps 1 --batch 5 --seconds 1.5"
     words += " --config image=16 patch=8 step_frames=4 step_sounds=8 video_channels=8"
     extra = {"mine": (0.5, objective), "steady_sound": (0.1, example["steady_sound"])}
