@@ -166,18 +166,15 @@ def update(state: State, args) -> dict[str, float]:
 
 def train_stage(state: State, codecs, args) -> None:
     """Train a stage to its end; after a Ctrl-C save the current step, then KeyboardInterrupt."""
-    is_first = runs.process()[0] == 0
+    is_first = runs.process()[0] == 0  # it alone logs and, on a terminal, shows a bar
     steps, seconds, batch = state.plan.steps, state.plan.seconds, state.plan.batch
     draw = drawer(args.clips, state.stage)
     batches = Batches(state.cfg, draw, state.seed, seconds, batch, args.accumulate)
     turns = range(state.step * args.accumulate, steps * args.accumulate)
     ahead = {"num_workers": args.workers, "worker_init_fn": runs.ignore_interrupts}
     films = iter(DataLoader(batches, batch_size=None, sampler=turns, **ahead))
-    quiet = None if is_first else True  # None: a bar on terminals alone
-    with (
-        tqdm(total=steps, initial=state.step, desc=state.stage, disable=quiet) as bar,
-        delayed_interrupt() as interrupted,
-    ):
+    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=not is_first or None)
+    with bar, delayed_interrupt() as interrupted:
         while state.step < steps:
             began = time.perf_counter()
             logs = train_step(state, films, codecs, args)
@@ -203,9 +200,9 @@ def save(state: State, codecs, args) -> None:
         ema.load_state_dict(content["ema"][0])
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
         mf.save_checkpoint(args.out / f"{state.stage}.pt", ema, extra)
-        content |= {"format": mf.FORMAT, "settings": args.settings}
-        content["config"] = dataclasses.asdict(state.cfg)
-        content["log_size"] = (args.out / "log.jsonl").stat().st_size
+        content |= {"format": mf.FORMAT, "config": dataclasses.asdict(state.cfg)}
+        log_size = (args.out / "log.jsonl").stat().st_size
+        content |= {"settings": args.settings, "log_size": log_size}
         mf.save_file(args.out / "resume.pt", content)
         if state.stage not in mf.BRANCHES and not args.whole:  # else it cannot stream
             film = mf.stream(ema.to(args.device), codecs, seconds=6)

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -115,6 +117,10 @@ def test_sample_writes_each_kind_of_film(kind, small, tmp_path, capsys):
     else:
         frames = imageio.v3.imread(out, index=None)
         assert frames.shape[1:3] == (128, 128) and len(frames) == 25
+    if kind == "gif":
+        with Image.open(out) as film:
+            durations = [film.seek(i) or film.info["duration"] for i in range(film.n_frames)]
+        assert abs(sum(durations) - 1000 * 25 / 16) <= 5  # GIFs count 10 ms
     if kind == "mp4":
         assert abs(imageio_ffmpeg.count_frames_and_secs(out)[1] - 25 / 16) < 0.05
 
@@ -135,6 +141,14 @@ def test_interrupted_sampling_keeps_the_chunks_so_far_and_the_old_film(
     assert sample.main(words.split()) == 130
     (new,) = tmp_path.glob("film-interrupted-*.wav")
     assert old.read_bytes() == b"old" and 0 < len(soundfile.read(new)[0]) <= 4 * 500
+
+
+def test_every_config_field_is_read():
+    files = [HERE / "mutual_forcing.py", *HERE.glob("data/*.py")]
+    source = "".join(file.read_text() for file in files)
+    source = re.sub(r"(?s)def __post_init__.*?@property", "", source)  # a check does not count
+    for field in fields(Config):
+        assert re.search(rf"\b(cfg|self)\.{field.name}\b", source), field.name
 
 
 # ---- Runs of training
@@ -235,6 +249,19 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
         assert said in lines[-1] and "Traceback" not in "".join(lines), (words, lines)
     assert run_train(small.parent, "--stage joint --steps 2 --overwrite") == 0
     assert small.read_bytes() == before  # the same run, anew
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
+    (tmp_path / ".lock").touch()
+    code = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, 2); print(1, flush=True)"
+    command = [sys.executable, "-c", code + "; input()", tmp_path / ".lock"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        assert run_train(tmp_path, "--stage joint --steps 2") == 2
+        assert "another run" in capsys.readouterr().err
+        other.communicate(b"\n")
+    assert run_train(tmp_path, "--stage joint --steps 2") == 0
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path, monkeypatch, capsys):
