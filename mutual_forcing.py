@@ -1211,6 +1211,15 @@ def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     return states, torch.arange(x.shape[1], device=x.device) >= num_real * chunk
 
 
+def deal_rows(b: int, weights: dict) -> dict[str, Tensor]:
+    """Deal the b rows of a batch in turn to the terms that weigh something: {term: its rows}."""
+    terms = [term for term, weight in weights.items() if weight]
+    rows = {}
+    for i, term in enumerate(terms):
+        rows[term] = torch.arange(i, max(b, i + 1), len(terms)) % b  # too few rows serve twice
+    return rows
+
+
 WEIGHTS = {"flow": 0.3, "shortcut": 2 / 3, "dmd": 1 / 3}  # the paper's, but for flow: see below
 
 
@@ -1249,14 +1258,10 @@ def mutual_forcing_loss(
         raise UserError(f"weights are of {', '.join(WEIGHTS)}; extra objectives have other names")
     b, times, extra = len(x), time_grid(cfg, steps).to(x), extra or {}
     weights = weights | {term: weight for term, (weight, _) in extra.items()}
-    terms = [term for term, weight in weights.items() if weight]
-    rows = {}
-    for i, term in enumerate(terms):
-        rows[term] = torch.arange(i, max(b, i + 1), len(terms)) % b  # too few rows serve twice
-    losses, logs = {}, {}
+    rows, losses, logs = deal_rows(b, weights), {}, {}
 
     # 1. The few-step mode generates the history, without gradient. DMD's films begin from noise,
-    # the others from the real chunk, noised to the third or fourth time of the grid (our choice: a
+    # the others from the real chunk, noised to a time in the later half of the grid (our choice: a
     # film that has left its clip makes the real next chunk an impossible target).
     states, generated, past = None, None, x
     if history == "few" or "dmd" in rows:

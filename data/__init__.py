@@ -1,1 +1,1 @@
-"""What is learned: films of the synthetic talker or of a folder of clips, and their codecs."""
+"""What is learned: films of the talker or of a folder of clips, and their codecs."""

@@ -1,1 +1,1 @@
-"""What is asked of a model: quality (evaluate), speed (benchmark) and the paper's claims (claims)."""
+"""What is asked of a model: quality, speed, and the paper's claims."""
