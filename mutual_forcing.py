@@ -3,7 +3,7 @@ talking character, picture and sound together, in 4 or 8 network evaluations per
 that writes the finished chunk into the cache).
 Read it from top to bottom: each part uses only what stands above it.
 
-The paper in six sentences. A transformer with an audio and a video branch, joined by one
+The paper in six sentences. A transformer with a video and an audio branch, joined by one
 self-attention, generates a film chunk by chunk and keeps what it generated in a KV cache. One set
 of weights serves two modes. The multi-step mode predicts the instantaneous velocity of a flow from
 noise to data, and takes about 50 small steps; the few-step mode predicts the average velocity over
@@ -12,44 +12,48 @@ them on real history. In stage 3, Mutual Forcing, the few-step mode generates it
 the multi-step mode learns the real chunk that follows it. Then the multi-step mode teaches the
 few-step mode, by ShortCut and DMD.
 
-The three stages in code (train.py adds batches, optimizers and the EMA copy of the model):
+The stages in code; train.py calls these lines (stage 0 trains the video codec, data/codecs.py):
 
-    # Stage 1: one branch alone; stage 2: both. The history is the real clip x itself.
-    loss, logs = flow_matching_loss(model, x, x, controls, branches=("video",))
+    # Stage 1: each branch alone. Stage 2: both. The history is the real clip x itself.
+    loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3. Its steps 1 to 4 are numbered in mutual_forcing_loss():
-    #   1. history = rollout(model, x, ...)               the few-step mode generates; no gradient
-    #   2. flow_matching_loss(model, x, history)          the multi-step mode learns the real chunk
-    #   3. shortcut_loss(model, x, history, teacher=ema)  the few-step mode learns large steps
-    #   4. dmd_loss(model, its films, real=ema, fake=fake); flow_matching_loss(fake, its films)
+    # Stage 3, for clips x. Its steps 1 to 4 are the numbered steps of mutual_forcing_loss():
+    #   1. states, generated = rollout(model, x, ...)   the few-step mode generates; no gradient
+    #      history = states[-1]
+    #   2. flow_matching_loss(model, x, history)        the multi-step mode learns the real chunk
+    #   3. shortcut_loss(model, x, history, ema)        the few-step mode learns large steps
+    #   4. dmd_loss(model, states, real=ema, fake=fake) its films move toward the real score,
+    #      flow_matching_loss(fake, history)            and the fake score follows them
     losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=ema, fake=fake)
-    # Self-Forcing, for comparison: DMD alone, toward a bidirectional teacher (stage 2 with
-    # history None and a chunk as long as the clip).
-    options = {"real": bidirectional, "fake": its_copy, "score_chunk": S, "weights": {"dmd": 1}}
-    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, **options)
+    # Self-Forcing, for comparison: DMD alone, toward a bidirectional teacher, which is trained as
+    # in stage 2 with one chunk as long as the clip, and therefore without history.
+    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=bidirectional,
+                                       fake=fake, score_chunk=S, weights={"dmd": 1})
 
-Axes                                       Symbols
-  B  films in a batch                        x       clean latents
-  F  frames of the picture                   x_t     noised latents, (1 - t) noise + t x
-  S  latent frames (cfg.step_frames frames)  t       time: 0 is noise, 1 is data
-  N  tokens of one branch, one latent frame  d       step size; 0 selects the multi-step mode
-  D  width; H heads; P values of a head      v       velocity; of the data: x - noise
-  E  values of a latent frame (video's,      x_pred  the network's output: where v leads to at t = 1
-     then audio's)
+Axes                                        Symbols
+  B  films in a batch                         x       clean latents
+  F  frames of the picture                    x_t     noised latents, (1 - t) noise + t x
+  S  latent frames (cfg.step_frames frames)   t       time: 0 is noise, 1 is data
+  N  tokens of one branch, one latent frame   d       step size; 0 selects the multi-step mode
+  D  width; H heads; P values of a head       v       velocity; that of the data is x - noise
+  E  values of a latent frame: those of video, then those of audio
 
-The network predicts x_pred, so v = (x_pred - x_t) / (1 - t), and a denoising step is
-x_{t+d} = x_t + d v. Flow matching compares velocities; ShortCut and DMD compare x_pred. A chunk is
-cfg.chunk latent frames. Times and step sizes are (B, S, 2): one for video and one for audio.
-Departures from the paper are marked "our choice"; docs/departures.md lists them.
+The network predicts v, and a denoising step is x_{t+d} = x_t + d v. All losses compare velocities,
+but for DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk latent frames. Times
+and step sizes are (B, S, 1): video and audio share them. A tensor of tokens is (2, B, S, N, D): its
+first axis is the branch, 0 for video and 1 for audio.
+
+What we do differently, or decide where the paper is silent, is marked "our choice";
+docs/departures.md lists it, with measurements.
 """
 
 import functools
 import hashlib
 import io
 import math
-import pickle
 import unicodedata
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import chain, islice, pairwise, repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,72 +74,44 @@ class UserError(ValueError):
 class Config:
     """Every size of a model and of its latents. The values are our choice: they fit a laptop.
 
-    An int is taken for a float and a list for a tuple. Raises UserError with the name of the field
-    that is wrong, and why.
+    Raises UserError with the name of the field that is wrong, and why.
     """
 
     width: int = 192  # D, values of a token
-    layers: int = 6  # blocks; each has a video and an audio side
+    layers: int = 4
     heads: int = 3  # H, heads of the joint self-attention
     image: int = 64  # height and width of the picture in pixels
     fps: int = 16  # frames per second
     step_frames: int = 2  # frames of one latent frame
-    patch: int = 16  # height and width of a video token in pixels
     sample_rate: int = 8000  # samples per second
-    motion: float = 2.5  # gain of the video codec on the change between two frames
-    seam: float = 4.0  # gain of the video codec on differences across a border of patches
-    step_sounds: int = 4  # hops of sound in one latent frame
-    bands: int = 2  # audio tokens of one hop: the low and the high half of its spectrum
-    compand: float = 0.35  # exponent of the audio codec, which reduces the peaks of a spectrum
-    sound_scale: float = 6.4  # gain of the audio codec, to about unit variance
-    video_channels: int = 0  # values of a video token of another codec; 0: of VideoCodec
-    audio_channels: int = 0  # values of an audio token of another codec; 0: of AudioCodec
+    tokens: int = 4  # N, of each branch: a square of the picture, or a hop of sound
+    video_dim: int = 128  # values of a video token
+    audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
-    window: int = 2  # chunks of history that a chunk sees, beside the first frame and the sink
+    window: int = 1  # chunks of history that a chunk sees, beside the reference and the sink
     symbols: int = 27  # symbols of a transcript; the last one is silence
     margin: int = 4  # frames of transcript that a chunk sees before its start and after its end
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")
     clock: int = 16  # seconds after which the rotary phases of time repeat
-    video_shift: float = 12.0  # shift of warp() for video
-    audio_shift: float = 4.0  # shift of warp() for audio
-    late: float = 0.99  # progress at which the last quarter of video's 4 or 8 steps begins
+    shift: float = 4.0  # of warp(): above 1, more of the times are near noise
 
     def __post_init__(self):
         for field in fields(self):
-            self._check_type(field.name, type(field.default))
-        hop_is_whole = self.hop * self.step_sounds * self.fps == self.sample_rate * self.step_frames
-        visible_frames = (self.window + 1) * self.chunk_frames
+            value, kind = getattr(self, field.name), type(field.default)
+            number = kind is not tuple
+            if type(value) is not kind or (number and not 1e-9 <= value < 2**20):
+                raise UserError(f"Config.{field.name} = {value!r}: no {kind.__name__} in range")
+        samples = self.sample_rate * self.step_frames / self.fps  # of a latent frame
+        history_frames = (self.window + 1) * self.chunk_frames
         for wrong, why in (
-            (not 0.75 <= self.late < 1, "late must be between 0.75 and 1"),
-            (self.motion < 1, "motion must be at least 1"),
-            (self.layers > 999, "layers must be below 1000"),
-            (self.clock_ticks >= 1e6, "clock is too long"),
-            (self.image % self.patch, "patch must divide image"),
-            (not hop_is_whole, "step_sounds must divide the samples of a latent frame"),
+            (self.grid**2 != self.tokens, "tokens must be a square number"),
+            (samples % self.tokens, "tokens must divide the samples of a latent frame"),
             (self.sample_rate % self.fps, "sample_rate must be a multiple of fps"),
-            (self.hop % self.bands, "bands must divide the samples of a hop"),
             (self.width % (8 * self.heads), "width must be a multiple of 8 heads"),
-            (
-                2 * visible_frames > self.clock * self.fps,
-                "clock must be twice as long as the window",
-            ),
+            (2 * history_frames > self.clock * self.fps, "clock must be twice the window or more"),
         ):
             if wrong:
                 raise UserError(f"Config: {why}")
-
-    def _check_type(self, name: str, kind: type):
-        value = getattr(self, name)
-        if kind is float and type(value) is int:
-            object.__setattr__(self, name, float(value))
-        elif kind is tuple and type(value) is list:
-            object.__setattr__(self, name, tuple(value))
-        elif type(value) is not kind:
-            raise UserError(f"Config.{name} must be {kind.__name__}, not {type(value).__name__}")
-        if kind is tuple and not all(type(item) is str for item in getattr(self, name)):
-            raise UserError(f"Config.{name} must be strings")
-        least = 0 if name.endswith("_channels") else 1e-9
-        if kind is not tuple and not least <= value < 2**20:
-            raise UserError(f"Config.{name} = {value} is out of range")
 
     def same_format(self, other: "Config") -> bool:
         """Whether models of both sizes make films of one format, from the same controls."""
@@ -148,47 +124,19 @@ class Config:
 
     @property
     def grid(self) -> int:  # video tokens along one side of the picture
-        return self.image // self.patch
+        return math.isqrt(self.tokens)
 
     @property
-    def video_tokens(self) -> int:  # N of the video branch
-        return self.grid**2
-
-    @property
-    def video_dim(self) -> int:  # values of a video token
-        return self.video_channels or self.step_frames * self.patch**2 * 3
-
-    @property
-    def hop(self) -> int:  # samples between two spectra
-        return self.sample_rate * self.step_frames // (self.fps * self.step_sounds)
-
-    @property
-    def audio_tokens(self) -> int:  # N of the audio branch
-        return self.step_sounds * self.bands
-
-    @property
-    def audio_dim(self) -> int:  # values of an audio token
-        return self.audio_channels or self.hop // self.bands
-
-    @property
-    def video_values(self) -> int:  # of a latent frame
-        return self.video_tokens * self.video_dim
-
-    @property
-    def audio_values(self) -> int:  # of a latent frame
-        return self.audio_tokens * self.audio_dim
+    def hop(self) -> int:  # samples of sound in the time of one audio token
+        return self.sample_rate * self.step_frames // (self.fps * self.tokens)
 
     @property
     def latent_values(self) -> int:  # E
-        return self.video_values + self.audio_values
-
-    @property
-    def shifts(self) -> Tensor:  # of warp(), (2,)
-        return torch.tensor([self.video_shift, self.audio_shift], dtype=torch.float32)
+        return self.tokens * (self.video_dim + self.audio_dim)
 
     @property
     def clock_ticks(self) -> int:  # period of the rotary phases, in hops
-        return self.clock * self.fps * self.step_sounds // self.step_frames
+        return self.clock * self.fps * self.tokens // self.step_frames
 
     @property
     def chunk_frames(self) -> int:
@@ -207,20 +155,20 @@ class Config:
         return self.symbols
 
 
-class Codecs(NamedTuple):
-    """The two codecs of a model (data/codecs.py; the paper: two VAEs), both on the model's device.
+class Codecs(nn.Module):
+    """The two codecs of a model (the paper: two VAEs); data/codecs.py has ours.
 
-    Each has encode(film) -> latents, decode(latents) -> film, and decode_next(latents, state) ->
-    (part of the film, state), which decodes a film chunk by chunk: state is None for the first
-    chunk, and then what the last call returned. Latents have about unit variance, and N and their
-    sizes are those of Config. video: uint8 frames (B, F, image, image, 3) and latents
-    (B, S, N, video_dim); its state may be anything.
-    audio: float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m)
-    still due (m may be 0), which end the film.
+    Both are modules with encode(film) -> latents, decode(latents) -> film, and
+    decode_next(latents, state) -> (part of the film, state), which decodes a film chunk by chunk:
+    state is None for the first chunk, and then what the last call returned. Latents have about unit
+    variance. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim); its
+    state may be anything. audio: float32 samples (B, n) and latents (B, S, N, audio_dim); its state
+    is samples (B, m) still due (m may be 0), which end the film.
     """
 
-    video: object
-    audio: object
+    def __init__(self, video: nn.Module, audio: nn.Module):
+        super().__init__()
+        self.video, self.audio = video, audio
 
 
 class Controls(NamedTuple):
@@ -235,11 +183,10 @@ class Controls(NamedTuple):
         """Apply a function of one tensor to each of them."""
         return Controls(*[function(tensor) for tensor in self])
 
-    def chunk(self, cfg: Config, index: int) -> "Controls":
-        """The controls that chunk `index` sees: the transcript of its frames and the margins."""
-        start = index * cfg.chunk_frames
-        stop = start + cfg.chunk_frames + 2 * cfg.margin
-        return self._replace(symbols=self.symbols[:, start:stop])
+    def chunks(self, cfg: Config) -> list["Controls"]:
+        """The controls that each chunk sees: the transcript of its frames and of both margins."""
+        windows = self.symbols.unfold(1, cfg.chunk_frames + 2 * cfg.margin, cfg.chunk_frames)
+        return [self._replace(symbols=symbols) for symbols in windows.unbind(1)]
 
     def dropped(self, cfg: Config) -> "Controls":
         """The same films with nothing given: the null controls of guidance."""
@@ -252,16 +199,9 @@ class Controls(NamedTuple):
 
 def split(cfg: Config, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (B, S, E) -> tokens of video (B, S, N, video_dim), of audio (B, S, N, audio_dim)."""
-    video, audio = latents.split([cfg.video_values, cfg.audio_values], -1)
-    return video.unflatten(-1, (-1, cfg.video_dim)), audio.unflatten(-1, (-1, cfg.audio_dim))
-
-
-def check_latents(cfg: Config, latents: Tensor) -> Tensor:
-    """Video latents (B, S, N, video_dim), as they are. Raises UserError for those of other sizes."""
-    sizes, expected = tuple(latents.shape[2:]), (cfg.video_tokens, cfg.video_dim)
-    if sizes != expected:
-        raise UserError(f"the codec makes latents of {sizes}, the model has {expected}: see Codecs")
-    return latents
+    sizes = [cfg.tokens * cfg.video_dim, cfg.tokens * cfg.audio_dim]
+    video, audio = latents.split(sizes, -1)
+    return video.unflatten(-1, (cfg.tokens, -1)), audio.unflatten(-1, (cfg.tokens, -1))
 
 
 def join(video: Tensor, audio: Tensor) -> Tensor:
@@ -269,383 +209,313 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
     return torch.cat([video.flatten(2), audio.flatten(2)], -1)
 
 
+def check_latents(cfg: Config, latents: Tensor) -> Tensor:
+    """Video latents (B, S, N, video_dim), as they are. Raises UserError for those of other sizes."""
+    sizes, expected = tuple(latents.shape[2:]), (cfg.tokens, cfg.video_dim)
+    if sizes != expected:
+        raise UserError(f"the codec makes latents of {sizes}, the model has {expected}: see Codecs")
+    return latents
+
+
 # ---- Noise schedules -----------------------------------------------------------------------------
 # One warp maps even progress u in 0..1 to time t, for the times of training and for all sampling
 # grids.
 
 
-def warp(u, shift):
+def warp(u: Tensor, shift: float) -> Tensor:
     """Progress u in 0..1 -> time t in 0..1, moved toward noise by a shift above 1.
 
-    Our choice: tokens are redundant, so most of a picture is visible early, at t = 0.25.
+    Our choice: the values of a film depend on each other, so that most of it is visible early.
     """
     return u / (u + shift * (1 - u))
 
 
 def time_grid(cfg: Config, steps: int) -> Tensor:
-    """Times from 0 to 1 of a sampler with so many steps, for video and audio: (steps + 1, 1, 1, 2).
+    """Times from 0 to 1 of a sampler with so many steps (steps + 1, 1, 1, 1).
 
-    The times of 4 steps are every other time of 8. Raises UserError for steps that are not 1 to 1000.
+    The times of 4 steps are every other time of 8. Raises UserError for steps that are not 1 to
+    1000.
     """
     if not 1 <= steps <= 1000:
         raise UserError(f"steps must be between 1 and 1000, not {steps}")
-    return warp(progress(cfg, steps), cfg.shifts)[:, None, None]
+    return warp(torch.linspace(0, 1, steps + 1), cfg.shift)[:, None, None, None]
 
 
-def progress(cfg: Config, steps: int) -> Tensor:
-    """The grid before the warp (steps + 1, 2): even, but for the end of video's 4 or 8 steps.
-
-    Our choice: their last quarter begins late (cfg.late), because its coarse steps make static
-    regions flicker. Grids of more steps stay even: training hardly ever draws such late times.
-    """
-    u = torch.linspace(0, 1, steps + 1, dtype=torch.float32)
-    late = cfg.late if steps <= 8 else 0.75
-    video = torch.minimum(u * late / 0.75, 1 - (1 - u) * (1 - late) / 0.25)
-    return torch.stack([video, u], -1)
+def each_frame(per_chunk: Tensor, chunk: int) -> Tensor:
+    """A number for each chunk (B, chunks) -> the number of each latent frame (B, S, 1)."""
+    return per_chunk.repeat_interleave(chunk, 1)[..., None]
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
-    """Times to train clips x (B, S, E) at, one for each chunk and branch: (B, S, 2).
+    """Times to train clips x (B, S, E) at, one for each chunk: (B, S, 1).
 
-    Progress is logit-normal, then warped like the sampling grids. Our choice: in half of the chunks
-    both branches have the same progress, and in the others the less noised one leads.
+    Our choice: progress is logit-normal, then warped like the sampling grids.
     """
-    u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk, 2)))
-    same = torch.rand(u.shape[:2]) < 0.5
-    u[..., 1] = torch.where(same, u[..., 0], u[..., 1])
-    return warp(u, cfg.shifts).repeat_interleave(chunk, 1).to(x)
+    u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
+    return each_frame(warp(u, cfg.shift), chunk).to(x)
 
 
-def each_value(cfg: Config, pair: Tensor) -> Tensor:
-    """A number for video and one for audio (..., 2) -> the number of each value (..., E)."""
-    is_video = torch.arange(cfg.latent_values, device=pair.device) < cfg.video_values
-    return torch.where(is_video, pair[..., :1], pair[..., 1:])
-
-
-def add_noise(cfg: Config, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t = (1 - t) noise + t x, for x and noise (B, S, E) and t (B or 1, S or 1, 2)."""
-    return torch.lerp(noise, x, each_value(cfg, t))
-
-
-def velocity(cfg: Config, x_pred: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """v = (x_pred - x_t) / (1 - t), as flow matching weighs it.
-
-    Our choice: 1 - t is at least 0.2 here, so that an error of x_pred weighs at most 25 times as
-    much as at t = 0. Samplers take the exact velocity: see denoise().
-    """
-    return (x_pred - x_t) / each_value(cfg, (1 - t).clamp(min=0.2))
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) noise + t x, for x and noise (B, S, E) and t (B, S, 1)."""
+    return torch.lerp(noise, x, t)
 
 
 # ---- The transformer: two branches, one joint self-attention (section 3.1) -----------------------
 
 
+class BranchLinear(nn.Module):
+    """Two linear layers, one for each branch: (2, ..., inputs) -> (2, ..., outputs)."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        bound = inputs**-0.5  # as in nn.Linear
+        self.weight = nn.Parameter(torch.empty(2, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(2, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.baddbmm(self.bias, x.flatten(1, -2), self.weight)
+        return y.unflatten(1, x.shape[1:-1])
+
+
 def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
-    """Numbers in 0..1 (...,) -> cosines and sines of dim / 2 frequencies (..., dim)."""
+    """Numbers in 0..1 (B, S, 1) -> cosines and sines of dim / 2 frequencies (B, S, dim)."""
     index = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    frequencies = 10000 ** (index * -2 / dim)
-    angles = 1000 * x[..., None] * frequencies
+    angles = 1000 * x * 10000 ** (index * -2 / dim)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def uniform_embedding(count: int, width: int) -> nn.Embedding:
-    """An embedding whose rows start uniform in +-1.7 (unit variance)."""
-    return nn.Embedding.from_pretrained(torch.empty(count, width).uniform_(-1.7, 1.7), freeze=False)
+class Conditioning(nn.Module):
+    """Time t, step size d and the character -> a vector for each latent frame.
 
-
-class StepEmbedding(nn.Module):
-    """Time t, step size d and the character -> the vector that modulates a latent frame's tokens.
-
-    Our choice: d enters as f(d) - f(0), and the last layer of f starts at zero. So f adds nothing
-    at d = 0, and gets no gradient before stage 3: until then the two modes are the same.
+    Our choice: the part of d has no biases, reads features that are zero at d = 0, and ends in a
+    layer that starts at zero. So it adds nothing at d = 0, and gets no gradient before stage 3:
+    until then the two modes are the same.
     """
 
     def __init__(self, width: int, characters: int):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
-        self.size = nn.Sequential(
-            nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width, bias=False)
-        )
-        self.character = uniform_embedding(characters, width)
+        layers = nn.Linear(64, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
+        self.size = nn.Sequential(*layers)
+        self.character = nn.Embedding(characters, width)
+        nn.init.zeros_(self.size[-1].weight)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
-        """t, d (B, S) and character (B,) -> (B, S, D)."""
+        """t, d (B, S, 1) and character (B,) -> (B, S, 1, D)."""
         like = self.character.weight
-        t, d, zero = (
-            sinusoid(t).to(like),
-            sinusoid(d).to(like),
-            sinusoid(torch.zeros_like(d)).to(like),
-        )
-        change = self.size[2](self.size[:2](d) - self.size[:2](zero))
-        return F.silu(self.time(t) + change + self.character(character)[:, None])
+        time = self.time(sinusoid(t).to(like))
+        size = self.size((sinusoid(d) - sinusoid(0 * d)).to(like))
+        return F.silu(time + size + self.character(character)[:, None])[:, :, None]
 
 
 class TextEmbedding(nn.Module):
-    """The timed transcript -> what is added to the tokens of the same instant.
+    """The timed transcript -> what is added to the tokens of each latent frame.
 
-    Our choice: added, where the paper uses cross-attention. A frame sees the symbols of cfg.margin
-    frames before and after it, because a mouth moves before its letter sounds.
+    Our choice: added, where the paper uses cross-attention, for its time is known. A latent frame
+    sees its own symbols and those of cfg.margin frames on both sides, because a mouth moves before
+    its letter sounds.
     """
 
-    def __init__(self, cfg: Config, tokens: int, instants: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.frames = cfg.step_frames
-        self.instants = instants  # of a latent frame: 1 for video, the hops for audio
-        self.tokens = tokens
-        self.embed = uniform_embedding(cfg.symbols + 1, 64)
-        self.near = nn.Conv1d(64, cfg.width, 2 * cfg.margin + 1)
-        self.out = nn.Linear(cfg.step_frames * cfg.width, instants * cfg.width)
+        self.cfg = cfg
+        self.visible = cfg.step_frames + 2 * cfg.margin
+        self.embed = nn.Embedding(cfg.symbols + 1, 64)
+        self.hidden = nn.Linear(64 * self.visible, cfg.width)
+        self.out = nn.Linear(cfg.width, 2 * cfg.tokens * cfg.width)
 
     def forward(self, symbols: Tensor) -> Tensor:
-        """(B, margin + F + margin) -> (B, S, N, D); the tokens of an instant share theirs."""
-        x = self.embed(symbols).transpose(1, 2)
-        x = F.silu(self.near(x)).transpose(1, 2)  # (B, F, D)
-        x = self.out(x.unflatten(1, (-1, self.frames)).flatten(2))  # (B, S, instants D)
-        x = x.unflatten(-1, (self.instants, -1))
-        return x.repeat_interleave(self.tokens // self.instants, 2)
+        """(B, margin + F + margin) -> (2, B, S, N, D)."""
+        windows = symbols.unfold(1, self.visible, self.cfg.step_frames)  # (B, S, visible)
+        x = F.silu(self.hidden(self.embed(windows).flatten(2)))
+        return self.out(x).unflatten(-1, (2, self.cfg.tokens, -1)).movedim(2, 0)
 
 
 @functools.cache
 def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The 3-D rotary embedding: cosines and sines of time and of place.
+    """Angles of the 3-D rotary embedding: of time (clock_ticks, P / 4), of place (N, P / 4).
 
-    Time is (clock_ticks, P / 4, 2), place (N, P / 4, 2). Half of the pairs of a head turn with
-    time, in hops of sound, and half with the place in the picture. Our choice: each frequency makes
-    a whole number of turns in cfg.clock seconds, so that positions stay bounded however long the
-    film is.
+    Half of the pairs of a head turn with time, in hops of sound, and half with the place in the
+    picture: its row and its column. Our choice: each frequency of time makes a whole number of
+    turns in cfg.clock seconds, so that positions stay bounded however long the film is.
     """
     pairs = cfg.head_dim // 4
     ticks = torch.arange(cfg.clock_ticks)
-    turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2, dtype=torch.float64)
-    time = 2 * math.pi / cfg.clock_ticks * (ticks[:, None] * turns.round() % cfg.clock_ticks)
-    rates = torch.logspace(0, -1, pairs // 2, dtype=torch.float64)
-    row_and_column = torch.cartesian_prod(torch.arange(cfg.grid), torch.arange(cfg.grid))  # (N, 2)
-    place = (row_and_column[..., None] * rates).flatten(1)
-    time = torch.stack([time.cos(), time.sin()], -1).float()
-    place = torch.stack([place.cos(), place.sin()], -1).float()
+    turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2).round().long()
+    time = 2 * math.pi / cfg.clock_ticks * (ticks[:, None] * turns % cfg.clock_ticks)
+    rates = torch.logspace(0, -1, pairs // 2)
+    side = torch.arange(cfg.grid)
+    place = (torch.cartesian_prod(side, side).view(-1, 2, 1) * rates).flatten(1)
     return time.to(device), place.to(device)
+
+
+def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of latent frames (S,) -> cosines and sines of their tokens (S, 2 N, P / 2).
+
+    A position of -1 has no time: its cosines and sines are zero, which erases that half of a key.
+    """
+    time, place = rotary_table(cfg, positions.device)
+    hops = torch.arange(cfg.tokens, device=positions.device)
+    ticks = torch.cat([0 * hops, hops]) + cfg.tokens * positions[:, None]  # (S, 2 N)
+    time = time[ticks % cfg.clock_ticks]  # (S, 2 N, P / 4)
+    place = torch.cat([place, 0 * place]).expand_as(time)  # sound has no place: no turn
+    has_time = (positions >= 0)[:, None, None]
+    cos = torch.cat([time.cos() * has_time, place.cos()], -1)
+    sin = torch.cat([time.sin() * has_time, place.sin()], -1)
+    return cos, sin
+
+
+def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys (..., S, 2 N, P), turned: pair i is the values i and i + P / 2."""
+    (cos, sin), (a, b) = phases, x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x)
 
 
 def without_time(k: Tensor) -> Tensor:
     """Keys (..., P) with zeros in the half that turns with time: the same from any distance."""
-    half = k.shape[-1] // 2
-    return torch.cat([torch.zeros_like(k[..., :half]), k[..., half:]], -1)
+    halves = k.unflatten(-1, (2, 2, -1))  # pairs' first and second values; time and place
+    return torch.stack([torch.zeros_like(halves[..., 0, :]), halves[..., 1, :]], -2).flatten(-3)
 
 
-def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm, modulated: tokens x (B, S, N, D), shift and scale (about 1) (B, S or 1, 1, D)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), scale)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q (B, H, n, P), k and v (B, H, m, P), mask (n, m) bool -> (B, n, H P)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
-        # On a CPU, PyTorch's fused attention takes three times as long in bf16 as these three
-        # lines.
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, -1e9)
-        out = scores.softmax(-1) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
-
-
-class Side(nn.Module):
-    """One branch's half of a block: its own projections, feed-forward and modulation."""
+class Block(nn.Module):
+    """A transformer block: each branch has its own weights, and the attention is joint."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.heads = cfg.heads
-        self.qkv = nn.Linear(cfg.width, 3 * cfg.width, bias=False)
-        self.out = nn.Linear(cfg.width, cfg.width, bias=False)
-        self.feed = nn.Sequential(
-            nn.Linear(cfg.width, 4 * cfg.width), nn.GELU(), nn.Linear(4 * cfg.width, cfg.width)
-        )
-        self.q_gain = nn.Parameter(torch.ones(cfg.head_dim))
-        self.k_gain = nn.Parameter(torch.ones(cfg.head_dim))
-        self.offset = nn.Parameter(torch.zeros(6, 1, cfg.width))  # of this block's modulation
+        self.qkv = BranchLinear(cfg.width, 3 * cfg.width)
+        self.out = BranchLinear(cfg.width, cfg.width)
+        self.up = BranchLinear(cfg.width, 4 * cfg.width)
+        self.down = BranchLinear(4 * cfg.width, cfg.width)
+        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))  # of the modulation
 
-    def modulate(self, shared: Tensor) -> tuple[Tensor, ...]:
-        """Shared modulation (B, S, 1, 6 D) -> shift, scale, gate of attention, of feed-forward."""
-        six = shared.unflatten(-1, (6, -1)) + self.offset[:, 0]
-        shift1, scale1, gate1, shift2, scale2, gate2 = six.unbind(-2)
-        return shift1, scale1 + 1, gate1, shift2, scale2 + 1, gate2  # each (B, S, 1, D)
+    def forward(self, x: Tensor, modulation: Tensor, phases, attend) -> Tensor:
+        """Tokens (2, B, S, N, D) -> tokens after this block.
 
-    def project(self, x: Tensor, modulation) -> tuple[Tensor, Tensor]:
-        """Tokens (B, S, N, D) -> q, k, v (B, S N, 3, H, P) and gains of q and k (S N, 2, P)."""
-        shift, scale = modulation[:2]
-        qkv = self.qkv(normalise(x, shift, scale)).flatten(1, 2)
-        gain = torch.stack([self.q_gain, self.k_gain]).expand(qkv.shape[1], -1, -1)
-        return qkv.unflatten(-1, (3, self.heads, -1)), gain
-
-    def finish(self, x: Tensor, attended: Tensor, modulation) -> Tensor:
-        """Tokens (B, S, N, D) and attention's output (B, S N, D) -> tokens after the block."""
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        x = torch.addcmul(x, gate1, self.out(attended.reshape(x.shape)))
-        return torch.addcmul(x, gate2, self.feed(normalise(x, shift2, scale2)))
-
-
-class Branch(nn.Module):
-    """All that belongs to one modality: embedding, side of every block, output, modulation."""
-
-    def __init__(self, cfg: Config, tokens: int, values: int, instants: int, gain: bool):
-        super().__init__()
-        width = cfg.width
-        self.embed = nn.Linear(values, width)
-        self.text = TextEmbedding(cfg, tokens, instants)
-        self.place = nn.Parameter(torch.empty(tokens, width).uniform_(-0.03, 0.03))
-        self.step = StepEmbedding(width, len(cfg.characters) + 1)
-        self.modulation = nn.Linear(width, 6 * width)  # shared by the blocks
-        self.sides = nn.ModuleList(Side(cfg) for _ in range(cfg.layers))
-        self.head_modulation = nn.Linear(width, 2 * width)
-        self.head = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, values)
-        )
-        self.gain = nn.Linear(width, values) if gain else None  # see read_out()
-        # Blocks start as the identity, outputs at zero, and d without effect.
-        zero = [self.modulation, self.head_modulation, self.head[-1], self.step.size[-1]]
-        for layer in zero + ([self.gain] if gain else []):
-            for weight in layer.parameters():
-                nn.init.zeros_(weight)
-
-    def modulate(self, t: Tensor, d: Tensor, character: Tensor) -> list[tuple[Tensor, ...]]:
-        """t, d (B, S), character (B,) -> modulation of each block, shift and scale of output."""
-        conditioning = self.step(t, d, character)[:, :, None]
-        shared = self.modulation(conditioning)
-        shift, scale = self.head_modulation(conditioning).chunk(2, -1)
-        return [side.modulate(shared) for side in self.sides] + [(shift, scale + 1)]
-
-    def read_out(self, tokens: Tensor, modulation, x_t: Tensor) -> Tensor:
-        """Tokens (B, S, N, D) and their noised latents x_t (B, S, N, values) -> x_pred, like x_t.
-
-        Our choice: sound has a gain on x_t. Early in noise a token loses the faint trace of x_t
-        that tells a sound from silence.
+        modulation (B, S, 1, 6 D) is shared by all blocks. attend(q, k, v), each (B, H, S, 2 N,
+        P), decides who sees whom, and returns what each token saw, of the same size.
         """
-        x = normalise(tokens, *modulation[-1])
-        x_pred = self.head(x).float()
-        if self.gain is None:
-            return x_pred
-        return x_pred + self.gain(x).float() * x_t
+        six = (modulation + self.offset).chunk(6, -1)  # each (2, B, S, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = six
+        qkv = self.qkv(normalise(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
+        qkv = qkv.permute(4, 1, 5, 2, 0, 3, 6).flatten(4, 5)  # (3, B, H, S, 2 N, P)
+        q, k = rotate(F.layer_norm(qkv[:2], qkv.shape[-1:]), phases)  # QK-norm
+        seen = attend(q, k, qkv[2]).unflatten(3, (2, -1))  # (B, H, S, 2, N, P)
+        x = torch.addcmul(x, gate1, self.out(seen.permute(3, 0, 2, 4, 1, 5).flatten(-2)))
+        return torch.addcmul(x, gate2, self.down(F.gelu(self.up(normalise(x, shift2, scale2)))))
 
 
-class Tokens(NamedTuple):
-    """Some tokens of one branch on their way through the blocks."""
+def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm, modulated: tokens x (2, B, S, N, D), shift and scale broadcast to it."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
-    branch: Branch
-    x: Tensor  # (B, S, N, D)
-    modulation: list  # of Branch.modulate()
-    phases: Tensor  # (S N, P / 2, 2), cosine and sine: the rotary phases
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention of tokens by latent frame: q (B, H, S, 2 N, P), k and v (B, H, S', 2 N, P).
+
+    mask (S 2 N, S' 2 N) bool: who sees whom.
+    """
+    q_flat, k_flat, v_flat = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+    seen = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, attn_mask=mask)
+    return seen.view(q.shape)
 
 
 class ParallelAttention:
     """Who attends to whom in the parallel form: rows see columns (here with a window of 1):
 
-                    columns:  first  sink   history   noised
-                                             0 1 2    0 1 2
-        rows:  first            x
-               history 0        x            x
-               history 1        x     x      x x
-               history 2        x     x        x x
-               noised 0         x                     x
-               noised 1         x     x      x          x
-               noised 2         x     x        x          x
+                    columns:  sink  reference  history   noised
+                                               0 1 2     0 1 2
+        rows:  reference              x
+               history 0              x        x
+               history 1       x      x        x x
+               history 2       x      x          x x
+               noised 0               x                  x
+               noised 1        x      x        x           x
+               noised 2        x      x          x           x
 
-    The sink is chunk 0 of the history once more, so that a chunk sees who speaks however short the
-    window is. The sink and the first frame have no time: the half of their keys that turns with
-    time is zero. So a film of any length has no position that
-    training never saw (our choice).
+    The reference is a latent frame that holds the first frame of the film. The sink is chunk 0 of
+    the history once more, so that a chunk sees who speaks however short the window is. Sink and
+    reference have no time: the half of their keys that turns with time is zero. So a film of any
+    length has no position that training never saw (our choice).
     """
 
-    def __init__(self, parts, first, chunks: int, window: int, has_history: bool):
-        """parts: tokens of [history and] noised latents; first: [those of the first frame]."""
-        self.num_first = sum(len(tokens.phases) for tokens in first)
-        chunk_of = []  # the chunk of each token, for one kind (history or noised)
-        for tokens in parts[: len(parts) // (2 if has_history else 1)]:
-            size = len(tokens.phases) // chunks
-            chunk_of.append(torch.arange(chunks).repeat_interleave(size))
-        row, column = torch.cat(chunk_of)[:, None], torch.cat(chunk_of)[None]
-        num_history = len(row) if has_history else 0
-        self.history = slice(self.num_first, self.num_first + num_history)
+    def __init__(self, cfg: Config, frames: int, chunk: int, has_history: bool, coupled: bool):
+        """frames: S; coupled: whether the branches see each other (not in stage 1)."""
+        chunk_of = torch.arange(frames) // chunk
+        row, column = chunk_of[:, None], chunk_of[None]
         same = row == column
-        mask = same
+        before = (column < row) & (column >= row - cfg.window)
+        self.sink = slice(1, 1 + chunk * has_history)  # the latent frames that the sink repeats
+        sink = (row > 0).expand(-1, chunk * has_history)
+        reference, nothing = torch.ones(frames, 1).bool(), torch.zeros_like(same)
         if has_history:
-            before = (row - window <= column) & (column < row)
-            sink = (row > 0).expand(-1, int((column == 0).sum()))
-            history_rows = torch.cat([sink, before | same, torch.zeros_like(same)], 1)
-            noised_rows = torch.cat([sink, before, same], 1)
+            history_rows = torch.cat([sink, reference, before | same, nothing], 1)
+            noised_rows = torch.cat([sink, reference, before, same], 1)
             mask = torch.cat([history_rows, noised_rows])
-        device = parts[0].x.device
-        self.mask = F.pad(mask, (self.num_first, 0), value=True).to(
-            device
-        )  # all see the first frame
-        self.is_sink = (column[0] == 0)[:num_history].to(device)  # the tokens that the sink repeats
+        else:
+            mask = torch.cat([reference, same], 1)
+        reference_row = torch.arange(mask.shape[1])[None] == sink.shape[1]
+        mask = torch.cat([reference_row, mask])
+        branch = torch.arange(2).repeat_interleave(cfg.tokens)
+        tokens = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
+        self.mask = torch.kron(mask.byte(), tokens.byte()).bool()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, H, n, P) of [first | history | noised] -> what each saw (B, n, H P)."""
-        n = self.num_first
-        seen_by_first = attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
-        sink_k = without_time(k[:, :, self.history][:, :, self.is_sink])
-        sink_v = v[:, :, self.history][:, :, self.is_sink]
-        k = torch.cat([k[:, :, :n], sink_k, k[:, :, n:]], 2)
-        v = torch.cat([v[:, :, :n], sink_v, v[:, :, n:]], 2)
-        return torch.cat([seen_by_first, attention(q[:, :, n:], k, v, self.mask)], 1)
+        """q, k, v (B, H, S', 2 N, P) of [reference | history | noised] -> what each token saw."""
+        k = torch.cat([without_time(k[:, :, self.sink]), k], 2)
+        v = torch.cat([v[:, :, self.sink], v], 2)
+        return attention(q, k, v, self.mask.to(q.device))
 
 
 class KVCache:
     """Keys and values of the chunks already generated: the streaming context buffer (section 3.1).
 
-    Of each layer: [ current | first frame | sink | ring of `window` chunks ]. Each evaluation
+    Of each layer: [ current | reference | sink | ring of cfg.window chunks ]. Each evaluation
     writes the keys and values of the current chunk, and attends to all that is visible. A commit,
     at t = 1 and d = 0, also writes them into the oldest place of the ring, and those of chunk 0
     into the sink. Keys are stored after their rotation, because the rotary phases are periodic.
-    Raises UserError for a window that training never saw.
     """
 
-    def __init__(self, cfg: Config, batch: int, window: int | None = None):
-        self.window = cfg.window if window is None else window
-        if not 1 <= self.window <= cfg.window:
-            raise UserError(
-                f"window must be between 1 and {cfg.window} chunks, the most seen in training"
-            )
-        self.count = 0  # chunks committed
-        self.size = cfg.chunk * (cfg.video_tokens + cfg.audio_tokens)  # tokens of a chunk
-        self.sink_start = self.size + cfg.video_tokens
-        self.ring_start = self.sink_start + self.size
-        places = self.ring_start + self.window * self.size
-        self.shape = (cfg.layers, batch, cfg.heads, places, cfg.head_dim)
-        self.k = self.v = torch.empty(0)  # allocated by write_first_frame()
+    def __init__(self, cfg: Config):
+        self.cfg, self.count = cfg, 0  # chunks committed
+        self.sink = cfg.chunk + 1  # the latent frame at which the sink begins
+        self.ring = self.sink + cfg.chunk
+        self.k = self.v = torch.empty(0)  # (layers, B, H, latent frames, 2 N, P)
 
-    def write_first_frame(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The first frame sees itself alone, and stays."""
+    def write_reference(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The reference (B, H, 1, 2 N, P) sees itself alone, and stays."""
         if layer == 0:
-            self.k, self.v = k.new_zeros(self.shape), k.new_zeros(self.shape)
-        self.k[layer, :, :, self.size : self.sink_start] = k
-        self.v[layer, :, :, self.size : self.sink_start] = v
+            frames = self.ring + self.cfg.window * self.cfg.chunk
+            shape = (self.cfg.layers, *k.shape[:2], frames, *k.shape[3:])
+            self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)
+        self.write(layer, self.cfg.chunk, k, v)
         return attention(q, k, v)
 
+    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
+        """Store keys and values (B, H, S, 2 N, P) from latent frame `start` on."""
+        self.k[layer, :, :, start : start + k.shape[2]] = k
+        self.v[layer, :, :, start : start + k.shape[2]] = v
+
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The current chunk (B, H, n, P) sees itself and all that is kept."""
-        self.k[layer, :, :, : self.size] = k
-        self.v[layer, :, :, : self.size] = v
-        stop = self.sink_start
+        """The current chunk (B, H, S, 2 N, P) sees itself and all that is kept."""
+        self.write(layer, 0, k, v)
+        stop = self.sink
         if self.count:
-            stop = self.ring_start + min(self.count, self.window) * self.size
+            stop = self.ring + min(self.count, self.cfg.window) * self.cfg.chunk
         return attention(q, self.k[layer, :, :, :stop], self.v[layer, :, :, :stop])
 
     def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attend(), and keep the current chunk; the oldest one is evicted."""
-        attended = self.attend(layer, q, k, v)
-        place = self.ring_start + self.count % self.window * self.size
-        self.k[layer, :, :, place : place + self.size] = k
-        self.v[layer, :, :, place : place + self.size] = v
+        seen = self.attend(layer, q, k, v)
+        oldest = self.count % self.cfg.window
+        self.write(layer, self.ring + oldest * self.cfg.chunk, k, v)
         if self.count == 0:
-            self.k[layer, :, :, self.sink_start : self.ring_start] = without_time(k)
-            self.v[layer, :, :, self.sink_start : self.ring_start] = v
-        return attended
+            self.write(layer, self.sink, without_time(k), v)
+        return seen
 
 
 class AudioVideoTransformer(nn.Module):
-    """Two branches and one joint self-attention: noised latents in, clean ones out.
+    """Two branches and one joint self-attention: noised latents in, velocities out.
 
     forward() is the parallel form, for training: all chunks of a clip at once, under a mask.
     step() is the streaming form, for sampling: one chunk at a time, with a KVCache. They agree.
@@ -654,90 +524,73 @@ class AudioVideoTransformer(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.cfg = cfg
-        self.video = Branch(cfg, cfg.video_tokens, cfg.video_dim, 1, gain=False)
-        self.audio = Branch(cfg, cfg.audio_tokens, cfg.audio_dim, cfg.step_sounds, gain=True)
-        # Stands in for the first frame of a film that is not given one.
-        self.no_first = nn.Parameter(torch.empty(cfg.video_tokens, cfg.width).uniform_(-0.03, 0.03))
+        width, branch_shape = cfg.width, (2, 1, 1, cfg.tokens, cfg.width)
+        sizes = (cfg.video_dim, cfg.audio_dim)
+        self.embed = nn.ModuleList([nn.Linear(size, width) for size in sizes])
+        self.text = TextEmbedding(cfg)
+        self.place = nn.Parameter(0.02 * torch.randn(branch_shape))
+        # Stands in for the first frame of a film that is not given one, and for audio's reference.
+        self.no_reference = nn.Parameter(0.02 * torch.randn(branch_shape))
+        self.conditioning = Conditioning(width, len(cfg.characters) + 1)
+        self.modulation = nn.Linear(width, 6 * width)  # shared by blocks and branches (our choice)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.layers)])
+        self.head_modulation = nn.Linear(width, 2 * width)
+        sizes = (cfg.video_dim, 2 * cfg.audio_dim)
+        self.head = nn.ModuleList([nn.Linear(width, size) for size in sizes])
+        self.skip = nn.Linear(width, 1)  # see read_out()
+        # Blocks start as the identity, and outputs at zero.
+        for layer in (self.modulation, self.head_modulation, self.skip, *self.head):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     @property
     def device(self) -> torch.device:
-        return self.no_first.device
+        return self.place.device
 
-    def phases(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of latent frames (S,) -> rotary phases of their video and audio tokens."""
-        cfg = self.cfg
-        time, place = rotary_table(cfg, positions.device)
-        hops = torch.arange(cfg.step_sounds, device=positions.device)
-        ticks = cfg.step_sounds * positions[:, None] + hops
-        time = time[ticks % cfg.clock_ticks]  # (S, hops, P / 4, 2)
-        place = place.expand(len(positions), -1, -1, -1)
-        no_place = time.new_tensor([1.0, 0.0]).expand_as(
-            time
-        )  # sound has no place, and is not turned
-        video = torch.cat([time[:, :1].expand_as(place), place], 2)
-        audio = torch.cat([time, no_place], 2).repeat_interleave(cfg.bands, 1)
-        return video.flatten(0, 1), audio.flatten(0, 1)  # (S N, P / 2, 2)
+    def embed_text(self, symbols: Tensor) -> Tensor:
+        """The transcript (B, margin + F + margin), embedded: (2, B, S, N, D)."""
+        return self.text(symbols)
 
-    def embed(self, x_t, t, d, controls, positions, branches=BRANCHES) -> dict[str, Tokens]:
-        """Latents (B, S, E), t, d (B, S, 2), positions (S,) of latent frames -> tokens."""
-        parts = {}
-        latents = split(self.cfg, x_t.to(self.no_first))
-        for i, (name, phases) in enumerate(zip(BRANCHES, self.phases(positions))):
-            if name in branches:
-                branch = getattr(self, name)
-                x = branch.embed(latents[i].contiguous()) + (
-                    branch.text(controls.symbols) + branch.place
-                )
-                modulation = branch.modulate(t[..., i], d[..., i], controls.character)
-                parts[name] = Tokens(branch, x, modulation, phases)
-        return parts
+    def tokens(self, x_t: Tensor, t: Tensor, d: Tensor, text: Tensor, character: Tensor):
+        """x_t (B, S, E), t, d (B, S, 1) -> tokens (2, B, S, N, D), conditioning (B, S, 1, D).
 
-    def embed_first_frame(self, controls: Controls) -> Tokens:
-        """The first frame, or what stands in for it: one clean latent frame of video.
-
-        It has no rotary time: cosine and sine are zero, which erases that half of its keys.
+        text: the transcript, embedded; character (B,).
         """
-        given = self.video.embed(controls.first_frame.to(self.no_first))
-        x = torch.where(controls.has_first_frame[:, None, None, None], given, self.no_first)
-        t = x.new_ones((len(x), 1)).float()
-        modulation = self.video.modulate(t, 0 * t, controls.character)
-        place = rotary_table(self.cfg, x.device)[1]
-        phases = torch.cat([torch.zeros_like(place), place], 1)  # no time
-        return Tokens(self.video, x + self.video.place, modulation, phases)
+        parts = split(self.cfg, x_t.to(self.place))
+        x = torch.stack([embed(part) for embed, part in zip(self.embed, parts)])
+        return x + text + self.place, self.conditioning(t, d, character)
 
-    def blocks(self, parts: list[Tokens], attend) -> list[Tensor]:
-        """Pass tokens through all blocks; attend(layer, q, k, v) is what the two forms differ in.
+    def reference(self, controls: Controls) -> tuple[Tensor, Tensor]:
+        """The first frame, or what stands in for it, as one clean latent frame; like tokens().
 
-        q, k, v are (B, H, n, P), over the tokens of all parts. Returns the parts' tokens (B, S, N,
-        D).
+        Our choice: it has no transcript and no time, and its audio tokens are learned.
         """
-        tokens = [part.x for part in parts]
-        sizes = [len(part.phases) for part in parts]
-        phases = torch.cat([part.phases for part in parts])
-        for layer in range(self.cfg.layers):
-            qkv, gain = [], []
-            for part, x in zip(parts, tokens):
-                projected = part.branch.sides[layer].project(x, part.modulation[layer])
-                qkv.append(projected[0])
-                gain.append(projected[1])
-            q, k, v = self.rotate(torch.cat(qkv, 1), torch.cat(gain), phases)
-            attended = attend(layer, q, k, v).split(sizes, 1)
-            for i, part in enumerate(parts):
-                side = part.branch.sides[layer]
-                tokens[i] = side.finish(tokens[i], attended[i], part.modulation[layer])
-        return tokens
+        none = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
+        given = self.embed[0](controls.first_frame.to(self.place))
+        video = torch.where(controls.has_first_frame[:, None, None, None], given, none[0])
+        t = torch.ones(len(given), 1, 1, device=self.device)
+        conditioning = self.conditioning(t, 0 * t, controls.character)
+        return torch.stack([video, none[1].to(video)]) + self.place, conditioning
 
-    def rotate(self, qkv: Tensor, gain: Tensor, phases: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (B, n, 3, H, P), gain (n, 2, P), phases (n, P / 2, 2) -> q, k, v, each (B, H, n, P).
+    def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
+        """Pass tokens (2, B, S, N, D) through all blocks; attend(layer, q, k, v): see Block."""
+        modulation, phases = self.modulation(conditioning), rotary_phases(self.cfg, positions)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, modulation, phases, functools.partial(attend, layer))
+        return x
 
-        Queries and keys are normalised (QK-norm), and their pairs are turned by the rotary phases.
+    def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor) -> Tensor:
+        """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) -> v (B, S, E).
+
+        Our choice: v contains noise, up to audio_dim values of it, which need not pass through the
+        D values of a token. Video adds a multiple of x_t that depends on t. For audio a token gives
+        a factor of each value of x_t, as a Wiener filter does, because a hiss is noise, too.
         """
-        x = F.normalize(qkv[:, :, :2].float(), dim=-1) * (gain[:, :, None] * self.cfg.head_dim**0.5)
-        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = phases[:, None, None].unbind(-1)
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1)
-        q, k = turned.flatten(-2).to(qkv).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), qkv[:, :, 2].transpose(1, 2)
+        x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
+        video, audio = split(self.cfg, x_t)
+        v_video = self.head[0](x[0]).float() + self.skip(conditioning).float() * video
+        offset, factor = self.head[1](x[1]).float().chunk(2, -1)
+        return join(v_video, offset + factor * audio)
 
     def forward(
         self,
@@ -747,150 +600,126 @@ class AudioVideoTransformer(nn.Module):
         controls: Controls,
         history: Tensor | None = None,
         chunk: int | None = None,
-        branches=BRANCHES,
-        window: int | None = None,
+        coupled: bool = True,
     ) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
 
-        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 2), the same within a chunk; history (B,
-        S, E) clean latents, or None if a chunk sees only the first frame and itself. chunk: its
-        length in latent frames (default cfg.chunk; S makes a bidirectional model). branches: one of
-        the two for the unimodal models of stage 1. window: chunks of history, at most cfg.window
-        (the default). Returns x_pred (B, S, E); of a branch that is left out, its x_t.
+        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 1), the same within a chunk; history (B,
+        S, E) clean latents, or None if a chunk sees only the reference and itself. chunk: its
+        length in latent frames (default cfg.chunk; S makes a bidirectional model). coupled: False
+        for the two unimodal models of stage 1. Returns v (B, S, E).
         """
         b, s = x_t.shape[:2]
         chunk = chunk or self.cfg.chunk
         assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
-        assert t.shape[-1] == d.shape[-1] == 2, (
-            "t and d have one number for video and one for audio"
-        )
-        t, d = t.expand(b, s, 2), d.expand(b, s, 2)
-        positions = torch.arange(s, device=x_t.device)
-        noised = self.embed(x_t, t, d, controls, positions, branches)
-        parts = list(noised.values())
+        assert t.shape[-1] == d.shape[-1] == 1, "t and d have one number for each latent frame"
+        t, d = t.expand(b, s, 1), d.expand(b, s, 1)
+        text, character = self.text(controls.symbols), controls.character
+        parts = [self.reference(controls), self.tokens(x_t, t, d, text, character)]
         if history is not None:
-            clean = self.embed(history, torch.ones_like(t), 0 * d, controls, positions, branches)
-            parts = list(clean.values()) + parts
-        window = self.cfg.window if window is None else window
-        assert 1 <= window <= self.cfg.window, f"window {window} is not in 1..{self.cfg.window}"
-        first = [self.embed_first_frame(controls)] if "video" in branches else []
-        attend = ParallelAttention(parts, first, s // chunk, window, history is not None)
-        tokens = self.blocks(first + parts, attend)
-        out = dict(zip(BRANCHES, split(self.cfg, x_t)))
-        for (name, part), x in zip(noised.items(), tokens[-len(noised) :]):
-            out[name] = part.branch.read_out(x, part.modulation, out[name])
-        return join(*out.values())
+            clean = self.tokens(history, torch.ones_like(t), 0 * d, text, character)
+            parts.insert(1, clean)
+        x = torch.cat([tokens for tokens, _ in parts], 2)
+        conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
+        positions = torch.arange(s).repeat(len(parts) - 1)
+        positions = F.pad(positions, (1, 0), value=-1).to(x.device)
+        attend = ParallelAttention(self.cfg, s, chunk, history is not None, coupled)
+        x = self.run_blocks(x, conditioning, positions, attend)
+        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t)
 
     @torch.no_grad()
-    def start(self, controls: Controls, window: int | None = None) -> KVCache:
-        """A cache that holds the first frame (or what stands in for it), and no chunk yet."""
-        cache = KVCache(self.cfg, len(controls.character), window)
-        self.blocks([self.embed_first_frame(controls)], cache.write_first_frame)
+    def start(self, controls: Controls) -> KVCache:
+        """A cache that holds the reference, and no chunk yet."""
+        cache = KVCache(self.cfg)
+        no_time = torch.tensor([-1], device=self.device)
+        self.run_blocks(*self.reference(controls), no_time, cache.write_reference)
         return cache
 
     @torch.no_grad()
-    def step(self, x_t, t, d, controls: Controls, cache: KVCache, commit: bool = False) -> Tensor:
+    def step(self, x_t, t, d, text: Tensor, character: Tensor, cache: KVCache, commit=False):
         """Streaming form: one evaluation of the chunk that follows those in the cache.
 
-        x_t (B, S, E), t and d (B or 1, 1, 2), the controls of the whole film -> x_pred (B, S, E).
-        commit: also keep the chunk's keys and values; x_t is then the finished chunk, t = 1 and d =
-        0.
+        x_t (B, S, E), t and d (B or 1, 1, 1), text (2, B, S, N, D) the transcript of this chunk,
+        embedded, character (B,) -> v (B, S, E). commit: keep the chunk's keys and values; x_t is
+        then the finished chunk, t = 1 and d = 0.
         """
-        cfg = self.cfg
         b, s = x_t.shape[:2]
-        positions = cache.count * cfg.chunk + torch.arange(s, device=x_t.device)
-        visible = controls.chunk(cfg, cache.count)
-        parts = self.embed(x_t, t.expand(b, s, 2), d.expand(b, s, 2), visible, positions)
-        tokens = self.blocks(list(parts.values()), cache.commit if commit else cache.attend)
+        positions = cache.count * self.cfg.chunk + torch.arange(s, device=x_t.device)
+        t, d = t.expand(b, 1, 1), d.expand(b, 1, 1)
+        x, conditioning = self.tokens(x_t, t, d, text, character)
+        x = self.run_blocks(x, conditioning, positions, cache.commit if commit else cache.attend)
         cache.count += int(commit)
-        out = []
-        for part, x, latents in zip(parts.values(), tokens, split(cfg, x_t)):
-            out.append(part.branch.read_out(x, part.modulation, latents))
-        return join(*out)
+        return self.read_out(x, conditioning, x_t)
 
 
 # ---- The denoising loop and the streaming sampler ------------------------------------------------
 
 
-def denoise(cfg: Config, predict, x: Tensor, times: Tensor) -> list[Tensor]:
+def denoise(velocity, x: Tensor, times: Tensor) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]. Returns the state at every time.
 
-    predict(x_t, k) -> x_pred at times[k]. times (K + 1, B or 1, S or 1, 2) never fall, and only the
-    last may be 1; where two are equal, the step between them changes nothing.
+    velocity(x_t, t, d) -> v; times (K + 1, 1, 1, 1).
     """
     states = [x]
-    for k in range(len(times) - 1):
-        t, d = times[k], times[k + 1] - times[k]
-        # x + d v with v = (x_pred - x) / (1 - t); a last step, d = 1 - t, ends on x_pred itself.
-        x = x.lerp(predict(x, k), each_value(cfg, d / (1 - t)))
+    for t, end in pairwise(times):
+        x = x + (end - t) * velocity(x, t, end - t)
         states.append(x)
     return states
 
 
+@torch.no_grad()
 def generate(
     model: AudioVideoTransformer,
-    controls: Controls,
-    chunks: int,
+    controls,
     times: Tensor,
     *,
     few: bool = True,
     guidance: float = 1.0,
-    window: int | None = None,
     generator: torch.Generator | None = None,
     clips: Tensor | None = None,
-    num_real_chunks: int = 0,
     teacher_forcing: bool = False,
 ):
     """Generate films through the cache; yields the states of each chunk (see denoise).
 
-    times (K + 1, B or 1, 1, 2). few: tell the network the step size d, or 0 (multi-step mode). A
-    guidance other than 1 doubles the batch by films without controls. Training (see rollout) gives
-    real clips (B, S, E): the first num_real_chunks stand as they are; each other chunk starts from
-    its real one, plus the mean error of the chunk before, noised to times[0]. So errors add up, but
-    the content stays the clip's (our choice). teacher_forcing: the cache keeps the real chunks.
+    controls: any iterable of the Controls of each chunk, read one chunk ahead. times (K + 1, 1, 1,
+    1). few: tell the network the step size d, or 0 (multi-step mode). A guidance other than 1
+    doubles the batch by films without controls. Training (see rollout) gives real clips (B, S, E):
+    their first chunk stands as it is. With teacher_forcing every chunk is generated, but the cache
+    keeps the real ones.
     """
-    cfg, device = model.cfg, model.device
-    times = times.to(device)
-    sizes = times.diff(dim=0) * few
+    cfg, times, cache = model.cfg, times.to(model.device), None
     copies = 1 if guidance == 1 else 2
-    b = len(controls.character)
-    if copies == 2:
-        null = controls.dropped(cfg)
-        controls = Controls(*[torch.cat(pair) for pair in zip(controls, null)])
-    cache = model.start(controls, window)
     clean, zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
-    error = 0
+    finished = embedded = None
 
-    def per_copy(x):  # (B or 1, ...) -> (copies B or 1, ...)
-        return x.repeat(copies, 1, 1) if len(x) > 1 else x
-
-    def predict(x_t, k):
-        doubled = x_t.repeat(copies, 1, 1)
-        x_pred = model.step(doubled, per_copy(times[k]), per_copy(sizes[k]), controls, cache)
+    def velocity(x_t, t, d, text, character):
+        v = model.step(x_t.repeat(copies, 1, 1), t, d * few, text, character, cache)
         if copies == 1:
-            return x_pred
-        x_pred, x_null = x_pred.chunk(2)
-        return torch.lerp(x_null, x_pred, guidance)
+            return v
+        v, v_null = v.chunk(2)
+        return torch.lerp(v_null, v, guidance)
 
-    for index in range(chunks):
-        # A CPU generator's noise is the same on every device.
-        noise_device = generator.device if generator else device
-        shape = (b, cfg.chunk, cfg.latent_values)
-        x = torch.randn(shape, generator=generator, device=noise_device, dtype=times.dtype)
-        x = x.to(device)
-        if clips is not None:
-            real = clips[:, index * cfg.chunk : (index + 1) * cfg.chunk]
-            x = add_noise(cfg, real + error, x, times[0])
-        if index < num_real_chunks:
+    for index, given in enumerate(controls):
+        batch = len(given.character)
+        if copies == 2:
+            given = Controls(*[torch.cat(pair) for pair in zip(given, given.dropped(cfg))])
+        if cache is None:
+            cache = model.start(given)
+        else:  # the chunk before this one is finished: it becomes history
+            finished = finished.repeat(copies, 1, 1)
+            model.step(finished, clean, zero, **embedded, cache=cache, commit=True)
+        embedded = {"text": model.embed_text(given.symbols), "character": given.character}
+        real = None if clips is None else clips[:, index * cfg.chunk : (index + 1) * cfg.chunk]
+        if real is not None and index == 0 and not teacher_forcing:
             states = [real] * len(times)
         else:
-            states = denoise(cfg, predict, x, times)
+            # A CPU generator's noise is the same on every device.
+            place = {"device": generator.device if generator else model.device}
+            shape = (batch, cfg.chunk, cfg.latent_values)
+            x = torch.randn(shape, generator=generator, dtype=times.dtype, **place)
+            states = denoise(functools.partial(velocity, **embedded), x.to(model.device), times)
         yield states
-        if clips is not None and not teacher_forcing:
-            error = (states[-1] - real).mean(1, keepdim=True)
-        if index < chunks - 1:  # nobody reads what the last chunk would commit
-            finished = (real if teacher_forcing else states[-1]).repeat(copies, 1, 1)
-            model.step(finished, per_copy(clean), per_copy(zero), controls, cache, commit=True)
+        finished = real if teacher_forcing else states[-1]
 
 
 def spell(text: str, frames: int = 3) -> list[int]:
@@ -906,27 +735,13 @@ def spell(text: str, frames: int = 3) -> list[int]:
     return symbols
 
 
-def film_controls(
-    cfg: Config,
-    codecs: Codecs,
-    chunks: int,
-    transcript=None,
-    character=None,
-    first_frame=None,
-    device="cpu",
-) -> Controls:
-    """Controls of one film on the device of the codecs; see stream(). Raises UserError."""
-    frames = chunks * cfg.chunk_frames
-    symbols = torch.full((1, frames + 2 * cfg.margin), cfg.unknown)
-    if transcript is not None:
-        if isinstance(transcript, str) and cfg.symbols != len(ALPHABET):
-            raise UserError("this model's symbols are not letters: give a symbol for each frame")
-        said = spell(transcript) if isinstance(transcript, str) else list(transcript)
-        said = torch.tensor(said).long()
-        if ((said < 0) | (said > cfg.unknown)).any():
-            raise UserError(f"symbols of a transcript are between 0 and {cfg.unknown}")
-        symbols[:] = cfg.silence
-        symbols[0, cfg.margin : cfg.margin + len(said)] = said[: frames + cfg.margin]
+def film_controls(cfg: Config, codecs: Codecs, transcript, character, first_frame, device):
+    """Yield the controls of each chunk of one film, without end; see stream(). Raises UserError.
+
+    The transcript is read only as far ahead as a chunk needs: to its end and cfg.margin frames on.
+    """
+    if isinstance(transcript, str) and cfg.symbols != len(ALPHABET):
+        raise UserError("this model's symbols are not letters: give a symbol for each frame")
     names = (*cfg.characters, None)
     if character not in names and character not in range(len(names)):
         raise UserError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
@@ -938,10 +753,21 @@ def film_controls(
     if frame.shape != shape or frame.dtype != torch.uint8:
         raise UserError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
     still = frame.expand(1, cfg.step_frames, -1, -1, -1).to(device)
-    given = torch.tensor([first_frame is not None])
     latent = check_latents(cfg, codecs.video.encode(still))
-    controls = Controls(symbols, torch.tensor([index]), latent, given)
-    return controls.map(lambda tensor: tensor.to(device))
+    has_first_frame = torch.tensor([first_frame is not None], device=device)
+    rest = [torch.tensor([index], device=device), latent, has_first_frame]
+
+    said, after = spell(transcript) if isinstance(transcript, str) else transcript, cfg.silence
+    if transcript is None:
+        said, after = [], cfg.unknown
+    symbols = chain(said, repeat(after))
+    visible = [after] * cfg.margin + list(islice(symbols, cfg.margin))
+    while True:
+        visible += islice(symbols, cfg.chunk_frames)
+        if min(visible) < 0 or max(visible) > cfg.unknown:
+            raise UserError(f"symbols of a transcript are between 0 and {cfg.unknown}")
+        yield Controls(torch.tensor([visible], device=device), *rest)
+        visible = visible[cfg.chunk_frames :]
 
 
 def num_frames(cfg: Config, seconds: float) -> int:
@@ -966,17 +792,16 @@ def stream(
     mode: str = "few",
     steps: int | None = None,
     guidance: float = 1.0,
-    window: int | None = None,
     seed: int = 0,
 ):
     """Stream one film, chunk by chunk: yields frames and samples.
 
     Frames are uint8 (F, image, image, 3), samples float32 (n,). transcript: text (3 frames a
-    letter), or a symbol for each frame (cfg.unknown where it is not known), followed by silence;
-    None: no transcript, and the character babbles. character: a name, its index, or None.
-    first_frame: a picture like the frames that are yielded. mode: "few" takes large steps and
-    "multi" small ones; steps: 4 by default, 50 in multi-step mode. guidance: 1 is none. window:
-    chunks of history, 1 to cfg.window. Memory does not grow with the length. The sound of a chunk
+    letter), or any iterable of a symbol for each frame (cfg.unknown where it is not known), which
+    may come while the film runs; silence follows it. None: no transcript, and the character
+    babbles. character: a name, its index, or None. first_frame: a picture like the frames that are
+    yielded. mode: "few" takes large steps and "multi" small ones; steps: 4 by default, 50 in
+    multi-step mode. guidance: 1 is none. Memory does not grow with the length. The sound of a chunk
     comes one hop late, and the last chunk brings the rest. The first next() raises UserError for
     wrong arguments.
     """
@@ -990,21 +815,11 @@ def stream(
         raise UserError("guidance is between 0 and 1000, seed between 0 and 2^63")
     frames_left = num_frames(cfg, seconds)
     samples_left = frames_left * cfg.sample_rate // cfg.fps
-    chunks = math.ceil(frames_left / cfg.chunk_frames)
-    given = {"transcript": transcript, "character": character, "first_frame": first_frame}
-    controls = film_controls(cfg, codecs, chunks, **given, device=model.device)
-    generated = generate(
-        model,
-        controls,
-        chunks,
-        time_grid(cfg, steps),
-        few=mode == "few",
-        guidance=guidance,
-        window=window,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    controls = film_controls(cfg, codecs, transcript, character, first_frame, model.device)
+    noise = torch.Generator().manual_seed(seed)
+    options = {"few": mode == "few", "guidance": guidance, "generator": noise}
     video_state = audio_state = None
-    for states in generated:
+    for states in generate(model, controls, time_grid(cfg, steps), **options):
         video, audio = split(cfg, states[-1])
         frames, video_state = codecs.video.decode_next(video, video_state)
         samples, audio_state = codecs.audio.decode_next(audio, audio_state)
@@ -1014,33 +829,30 @@ def stream(
         samples = samples[:samples_left].cpu().numpy()
         samples_left -= len(samples)
         yield frames, samples
+        if frames_left == 0:
+            return
 
 
 # ---- The objectives ------------------------------------------------------------------------------
-# Each is a function that returns (loss, logs). Flow matching compares velocities, the others
-# x_pred.
+# Each is a function that returns (loss, logs).
 
 
-def mean_error(term: str, cfg: Config, error: Tensor, branches=BRANCHES, generated=None):
-    """Squared errors (B, S, E) -> sum of branches' means over `generated` (bool (S,)); logs."""
+def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
+    """Errors (B, S, E) -> sum of both branches' mean squares over `generated` (bool (S,)); logs."""
     if generated is not None:
         error = error[:, generated]
-    means = {}
-    for name, values in zip(BRANCHES, split(cfg, error)):
-        if name in branches:
-            means[f"{term}_{name}"] = values.mean()
-    return sum(means.values()), {name: mean.item() for name, mean in means.items()}
+    means = [part.square().mean() for part in split(cfg, error)]
+    logs = {f"{term}_{name}": mean.item() for name, mean in zip(BRANCHES, means)}
+    return sum(means), logs
 
 
 def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
-    """x_pred, moved away from the one without controls; guidance: a number, or (B, S, 2)."""
-    x_pred = model(x_t, t, d, controls, history, chunk)
+    """v, moved away from the one without controls; guidance: a number, or (B, S, 1)."""
+    v = model(x_t, t, d, controls, history, chunk)
     if not torch.is_tensor(guidance) and guidance == 1:
-        return x_pred
-    x_null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
-    if torch.is_tensor(guidance):
-        guidance = each_value(model.cfg, guidance)
-    return x_null + guidance * (x_pred - x_null)
+        return v
+    v_null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
+    return v_null + guidance * (v - v_null)
 
 
 def flow_matching_loss(
@@ -1051,91 +863,61 @@ def flow_matching_loss(
     *,
     generated: Tensor | None = None,
     chunk: int | None = None,
-    branches=BRANCHES,
-    window: int | None = None,
+    coupled: bool = True,
 ) -> tuple[Tensor, dict]:
     """The multi-step mode learns the chunks of x (B, S, E), each at its own time, given a history.
 
     Section 3.2; in stage 3 the history is self-made. On generated films, over the latent frames
-    (bool (S,)) that were generated, it trains DMD's fake score. chunk, branches, window: see
-    forward().
+    (bool (S,)) that were generated, it trains DMD's fake score. chunk, coupled: see forward().
     """
     cfg = model.cfg
     t = draw_times(cfg, x, chunk or cfg.chunk)
-    x_t = add_noise(cfg, x, torch.randn_like(x), t)
-    x_pred = model(x_t, t, torch.zeros_like(t), controls, history, chunk, branches, window)
-    error = (velocity(cfg, x_pred, x_t, t) - velocity(cfg, x, x_t, t)).square()
-    loss, logs = mean_error("flow", cfg, error, branches, generated)
+    noise = torch.randn_like(x)
+    v = model(add_noise(x, noise, t), t, torch.zeros_like(t), controls, history, chunk, coupled)
+    error = v - (x - noise)
+    loss, logs = mean_square("flow", cfg, error, generated)
     # The loss by noise level: 0 near noise, 3 near data.
-    for i, (name, values) in enumerate(zip(BRANCHES, split(cfg, error.detach()))):
-        if name in branches and generated is None:
-            borders = warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shifts[i]).to(t)
-            level = torch.bucketize(t[..., i].contiguous(), borders, right=True)
-            for number in level.unique().tolist():
-                logs[f"flow_{name}_level{number}"] = values[level == number].mean().item()
+    borders = warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shift).to(t)
+    level = torch.bucketize(t[..., 0].contiguous(), borders, right=True)
+    for name, part in zip(BRANCHES, split(cfg, error.detach())):
+        for number in level.unique().tolist() if generated is None else []:
+            logs[f"flow_{name}_level{number}"] = part[level == number].square().mean().item()
     return loss, logs
 
 
 def shortcut_loss(
     model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None, guidance: float = 1.0
 ) -> tuple[Tensor, dict]:
-    """A large step of the few-step mode must land where smaller steps land (ShortCut, section 3.3).
+    """A large step of the few-step mode must land where two half steps land (ShortCut, 3.3).
 
     The large steps are those of the sampler's grids of 4 and 8 steps (our choice: longer ones
-    damage both modes). Each is halved before the warp. A step of 4 is taught by two half steps of
-    the few-step mode. A step of 8 is taught by one whole step at the velocity that the multi-step
-    mode has half way (our choice: plain Euler steps lose energy). The last step of a grid differs,
-    because it removes the last noise: audio's is taught by two half steps (in the grid
-    of 8 by the multi-step mode), and video's by one step of the multi-step mode from an earlier
-    time (our choice: against flicker).
+    damage both modes). The halves of a step of 4 are taken by the few-step mode itself, those of a
+    step of 8 by the multi-step mode. teacher: whose modes these are (default: the model's).
     """
-    cfg = model.cfg
-    b, s = x.shape[:2]
-    teacher = teacher or model
+    cfg, teacher = model.cfg, teacher or model
 
-    # 1. Draw a step of one of the grids for each chunk; as many of either grid.
-    grid4, grid8 = progress(cfg, 4), progress(cfg, 8)  # (5, 2) and (9, 2)
-    start = torch.cat([grid4[:-1], grid4[:-1], grid8[:-1]])
-    stop = torch.cat([grid4[1:], grid4[1:], grid8[1:]])
-    chosen = torch.randint(len(start), (b, s // cfg.chunk)).repeat_interleave(
-        cfg.chunk, 1
-    )  # (B, S)
-    is_last_of_video = (stop == 1) & torch.tensor([True, False])  # (steps, 2)
-    teacher_start = torch.where(is_last_of_video, start.clamp(max=0.9), start)
-    half = (teacher_start + stop) / 2
-    # Video's last step is not halved: its first half has no length.
-    middle = torch.where(is_last_of_video, teacher_start, half)
-    corners = torch.stack([start, teacher_start, middle, stop])[:, chosen]  # (4, B, S, 2)
-    t, t_begin, t_middle, t_end = warp(corners, cfg.shifts).to(x)
+    # 1. Draw a step of one of the grids for each chunk, and halve it before the warp.
+    steps = 4 * torch.randint(1, 3, (len(x), x.shape[1] // cfg.chunk))  # 4 or 8
+    first = (torch.rand(steps.shape) * steps).floor()
+    corners = [warp((first + part) / steps, cfg.shift) for part in (0, 0.5, 1)]
+    t, middle, end = [each_frame(corner, cfg.chunk).to(x) for corner in corners]
+    few = each_frame(steps == 4, cfg.chunk).to(x)  # who teaches; 0: the multi-step mode
 
-    # 2. Who teaches: the few-step mode (1) the steps of 4, the multi-step mode (0) all others. Only
-    #    the multi-step mode is guided: the few-step mode has learned guidance already.
-    is_of_grid4 = (chosen < len(start) - len(grid8[:-1]))[..., None]
-    few = (is_of_grid4 & ~is_last_of_video[chosen]).to(x)  # (B, S, 2)
+    # 2. Without gradient, the teacher takes the two half steps. Only the multi-step mode is guided:
+    #    the few-step mode has learned guidance already.
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * few
-    # 1: two half steps, one after the other. 0: one whole step at the velocity half way.
-    two_halves = few.maximum((t_end == 1).to(x))
-
-    # 3. Without gradient, the teacher goes from x_t at t_begin to t_end.
-    noise = torch.randn_like(x)
-    times = torch.stack([t_begin, t_middle, t_end])
-
-    def predict(state, k):
-        d = (times[k + 1] - times[k]) * few
-        return guided(teacher, state, times[k], d, controls, history, scale)
-
+    x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
-        x_begin = add_noise(cfg, x, noise, t_begin)
-        x_middle = denoise(cfg, predict, x_begin, times[:2])[-1]
-        v_middle = (predict(x_middle, 1) - x_middle) / each_value(cfg, 1 - t_middle)
-        x_from = x_begin.lerp(x_middle, each_value(cfg, two_halves))
-        t_from = t_begin.lerp(t_middle, two_halves)
-        x_end = x_from + each_value(cfg, t_end - t_from) * v_middle
-        # 4. The x_pred with which one step from x_t at t lands on x_end.
-        x_t, d = add_noise(cfg, x, noise, t), t_end - t
-        target = x_t + (x_end - x_t) * each_value(cfg, (1 - t) / d)
-    error = model(x_t, t, d, controls, history) - target
-    return mean_error("shortcut", cfg, error.square())
+        x_next = x_t
+        for start, stop in ((t, middle), (middle, end)):
+            d = stop - start
+            v = guided(teacher, x_next, start, few * d, controls, history, scale)
+            x_next = x_next + d * v
+
+    # 3. The velocity with which one step from x_t lands there.
+    target = (x_next - x_t) / (end - t)
+    error = model(x_t, t, end - t, controls, history) - target
+    return mean_square("shortcut", cfg, error)
 
 
 def dmd_loss(
@@ -1154,61 +936,54 @@ def dmd_loss(
     """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
 
     states: all states of the sampler on `times`, generated on this history without gradient;
-    generated: bool (S,), the latent frames that it generated. One denoising step k is taken again
-    with gradient (our choice). chunk: None, or the length of a clip, for bidirectional scores
-    (Self-Forcing's teacher).
+    generated: bool (S,), the latent frames that it generated. chunk: None, or the length of a clip,
+    for bidirectional scores (Self-Forcing's teacher).
     """
     cfg = model.cfg
     score_history = history if chunk is None else None
     chunk = chunk or cfg.chunk
 
-    # 1. Take step k again: the value is that of the film, the gradient that of this step. Our
-    #    choice: video's gradient is scaled by the root of d / (1 - t), the share of x_pred that
-    #    enters the state; audio's is not, for clearer letters.
+    # 1. Take one denoising step k again, with gradient (our choice). The film is the one generated;
+    #    the step moved it by d v, and so does the gradient.
     k = int(torch.randint(len(times) - 1, ()))
     t, d = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
-    power = torch.tensor([0.5, 0.0]).to(t)
-    share = each_value(cfg, (d / (1 - t)) ** power)
-    x_pred = model(states[k], t, d, controls, history)
-    x_own = states[-1] + share * (x_pred - x_pred.detach())
+    v = model(states[k], t, d, controls, history)
+    film = states[-1] + d * (v - v.detach())
 
-    # 2. Noise the film again; the gradient is the difference of the two scores there.
+    # 2. Noise the film again, and let both scores say where it came from.
     with torch.no_grad():
-        t = draw_times(cfg, x_own, chunk)
-        x_t = add_noise(cfg, x_own, torch.randn_like(x_own), t)
+        t = draw_times(cfg, film, chunk)
+        x_t = add_noise(film, torch.randn_like(film), t)
         zero = torch.zeros_like(t)
-        x_real = guided(real, x_t, t, zero, controls, score_history, guidance, chunk)
-        x_fake = fake(x_t, t, zero, controls, score_history, chunk)
-        # Divided by the mean error of the real score, for each chunk and branch, and at least 0.2.
-        errors = [part.abs().mean((2, 3)) for part in split(cfg, x_own - x_real)]
-        scale = torch.stack(errors, -1).unflatten(1, (-1, chunk)).mean(2).clamp(min=0.2)
-        scale = each_value(cfg, scale.repeat_interleave(chunk, 1))
-        target = x_own - (x_fake - x_real) / scale
-    return mean_error("dmd", cfg, 0.5 * (x_own - target).square(), generated=generated)
+        v_real = guided(real, x_t, t, zero, controls, score_history, guidance, chunk)
+        v_fake = fake(x_t, t, zero, controls, score_history, chunk)
+        x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
+        # 3. The gradient is their difference, divided by the real score's mean error in each chunk
+        #    and branch.
+        gradients = []
+        for own, x_r, x_f in zip(split(cfg, film), split(cfg, x_real), split(cfg, x_fake)):
+            error = (own - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
+            scale = each_frame(error, chunk)[..., None].clamp(min=1e-6)
+            gradients.append((x_f - x_r) / scale)
+        target = film - join(*gradients)
+    loss, logs = mean_square("dmd", cfg, film - target, generated)
+    return 0.5 * loss, logs
 
 
 @torch.no_grad()
 def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
     """The few-step mode's own films of the clips x (B, S, E), through the streaming cache.
 
-    history: "few" continues its own films after one real chunk (in clips of four chunks or more,
-    one or two at random); "real" (teacher forcing) generates every chunk on real history. Returns
-    all states of the sampler (see generate), and bool (S,): the latent frames that were generated.
+    history: "few" continues its own films from noise after one real chunk; "real" (teacher
+    forcing) generates every chunk on real history. Returns all states of the sampler (see
+    generate), and bool (S,): the latent frames that were generated.
     """
-    chunk = model.cfg.chunk
-    chunks = x.shape[1] // chunk
-    num_real = 1 if history == "few" else 0
-    films = generate(
-        model,
-        controls,
-        chunks,
-        times,
-        clips=x,
-        num_real_chunks=num_real,
-        teacher_forcing=history == "real",
-    )
+    cfg = model.cfg
+    options = {"clips": x, "teacher_forcing": history == "real"}
+    films = generate(model, controls.chunks(cfg), times, **options)
     states = [torch.cat(parts, 1) for parts in zip(*films)]
-    return states, torch.arange(x.shape[1], device=x.device) >= num_real * chunk
+    num_real = cfg.chunk if history == "few" else 0
+    return states, torch.arange(x.shape[1], device=x.device) >= num_real
 
 
 def deal_rows(b: int, weights: dict) -> dict[str, Tensor]:
@@ -1220,7 +995,7 @@ def deal_rows(b: int, weights: dict) -> dict[str, Tensor]:
     return rows
 
 
-WEIGHTS = {"flow": 0.3, "shortcut": 2 / 3, "dmd": 1 / 3}  # the paper's, but for flow: see below
+WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of the last two: the paper's
 
 
 def mutual_forcing_loss(
@@ -1246,28 +1021,23 @@ def mutual_forcing_loss(
     computed. extra: a fork's own objectives, {term: (weight, loss)} with loss(model, x, history,
     controls) -> (loss, logs). history: "few" is self-made, "real" is teacher forcing. steps: of the
     rollout and of DMD. Our choice: the rows of the batch are dealt to the terms in turn, so that
-    each costs a third of it, and flow matching weighs less, because its gradient is noisier.
-    Raises UserError for clips of fewer than two chunks, an unknown history or an unknown term.
+    each costs a third of it. Raises UserError for clips of fewer than two chunks, an unknown
+    history or an unknown term.
     """
-    cfg = model.cfg
-    if x.shape[1] < 2 * cfg.chunk:
+    if x.shape[1] < 2 * model.cfg.chunk:
         raise UserError("clips must be at least two chunks long: one real, one to generate")
     if history not in ("few", "real"):
         raise UserError(f"history must be few or real, not {history!r}")
     if weights.keys() - WEIGHTS or (extra or {}).keys() & {*WEIGHTS, "fake"}:
         raise UserError(f"weights are of {', '.join(WEIGHTS)}; extra objectives have other names")
-    b, times, extra = len(x), time_grid(cfg, steps).to(x), extra or {}
+    times, extra = time_grid(model.cfg, steps).to(x), extra or {}
     weights = weights | {term: weight for term, (weight, _) in extra.items()}
-    rows, losses, logs = deal_rows(b, weights), {}, {}
+    rows, losses, logs = deal_rows(len(x), weights), {}, {}
 
-    # 1. The few-step mode generates the history, without gradient. DMD's films begin from noise,
-    # the others from the real chunk, noised to a time in the later half of the grid (our choice: a
-    # film that has left its clip makes the real next chunk an impossible target).
+    # 1. The few-step mode generates the history, without gradient.
     states, generated, past = None, None, x
     if history == "few" or "dmd" in rows:
-        begin = times[torch.randint(steps // 2, steps, (b,))].squeeze(1)  # (B, 1, 2)
-        begin[rows.get("dmd", [])] = 0
-        states, generated = rollout(model, x, controls, torch.maximum(times, begin), history)
+        states, generated = rollout(model, x, controls, times, history)
         past = states[-1] if history == "few" else x
 
     def given(term):  # the term's rows of clips, history and controls
@@ -1292,8 +1062,9 @@ def mutual_forcing_loss(
         options |= {"times": times, "generated": generated}
         losses["dmd"], new = dmd_loss(model, own, own_history, own_controls, **options)
         score_history = own_history if score_chunk is None else None
+        options = {"generated": generated, "chunk": score_chunk}
         losses["fake"], fake_logs = flow_matching_loss(
-            fake, own[-1], score_history, own_controls, generated=generated, chunk=score_chunk
+            fake, own[-1], score_history, own_controls, **options
         )
         logs |= new | {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
 
@@ -1307,7 +1078,7 @@ def mutual_forcing_loss(
 
 # ---- Checkpoints: one dict of tensors and plain types, followed by its SHA-256 -------------------
 
-FORMAT = "mutual-forcing-4"
+FORMAT = "mutual-forcing-5"
 
 
 class CheckpointError(UserError):
@@ -1327,7 +1098,7 @@ def replace_file(path, data: bytes) -> None:
 def save_file(path, content: dict) -> None:
     """Write a dict of tensors and plain types, with its checksum."""
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save(content | {"format": FORMAT}, buffer)
     data = buffer.getvalue()
     replace_file(path, data + hashlib.sha256(data).digest())
 
@@ -1340,80 +1111,39 @@ def load_file(path) -> dict:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one")
-    try:
-        content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: not a checkpoint of this project") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    if content["format"] != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this version ({FORMAT})")
     return content
 
 
-def save_checkpoint(path, model: AudioVideoTransformer, extra: dict | None = None) -> None:
-    """Store a model's config and its weights in half precision, with extra plain values.
+def save_checkpoint(path, model: AudioVideoTransformer, codecs: Codecs, extra: dict | None = None):
+    """Store a model's config, its and its codecs' weights in half precision, and extra plain values.
 
     Raises CheckpointError, and writes nothing, for weights that are not finite in half precision.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
-    weights = {name: x.half() for name, x in model.state_dict().items()}
-    for name, x in weights.items():
-        if not x.isfinite().all():
-            raise CheckpointError(f"{name} is not finite in half precision; {path} is not written")
-    config = asdict(model.cfg)
-    save_file(path, {"format": FORMAT, "config": config, "extra": extra or {}, "weights": weights})
+    content = {"config": asdict(model.cfg), "extra": extra or {}}
+    for name, module in (("model", model), ("codecs", codecs)):
+        content[name] = {key: x.half() for key, x in module.state_dict().items()}
+        for key, x in content[name].items():
+            if not x.isfinite().all():
+                raise CheckpointError(f"{key} is not finite in half precision; {path} not written")
+    save_file(path, content)
 
 
-def load_checkpoint(path) -> tuple[AudioVideoTransformer, dict]:
-    """(model in fp32 on the CPU, ready for sampling; extra). Raises CheckpointError."""
+def load_checkpoint(path, make_codecs) -> tuple[AudioVideoTransformer, Codecs, dict]:
+    """(model and codecs, in fp32 on the CPU, ready for sampling; extra). Raises CheckpointError.
+
+    make_codecs(cfg) -> Codecs: data.codecs.make_codecs, or a fork's.
+    """
     content = load_file(path)
-    config, weights = content.get("config"), content.get("weights")
-    if not isinstance(config, dict) or not isinstance(weights, dict):
-        raise CheckpointError(f"{path}: holds no model")
-    unknown = sorted(config.keys() - {field.name for field in fields(Config)})
-    if unknown:
-        raise CheckpointError(f"{path}: its config has unknown sizes {unknown}")
     try:
-        cfg = Config(**config)
-    except UserError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    with torch.device("meta"):
-        model = AudioVideoTransformer(cfg)
-    expected = model.state_dict()
-    missing, unexpected = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    if missing or unexpected:
-        raise CheckpointError(f"{path}: missing weights {missing}, unexpected weights {unexpected}")
-    for name, x in weights.items():
-        if not torch.is_tensor(x) or x.shape != expected[name].shape:
-            sizes = tuple(expected[name].shape)
-            raise CheckpointError(f"{path}: {name} is not a tensor of {sizes}")
-        if not x.isfinite().all():
-            raise CheckpointError(f"{path}: {name} is not finite")
-    model.load_state_dict({name: x.float() for name, x in weights.items()}, assign=True)
-    return model.eval().requires_grad_(False), content.get("extra", {})
-
-
-# ---- The machine ---------------------------------------------------------------------------------
-
-
-def find_device(name: str | None) -> torch.device:
-    """The device of this name; None: cuda, else mps, else cpu. Raises UserError."""
-    if name is None:
-        mps = torch.backends.mps.is_available()
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-    try:
-        zero = torch.zeros(1, device=name)
-        zero.item()
-        return zero.device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: PyTorch cannot use it here") from error
-
-
-def native_precision(device) -> torch.dtype:
-    """bf16 where the device multiplies it natively, else fp32: a rule, no measurement."""
-    native = False
-    if torch.device(device).type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif torch.device(device).type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
-    return torch.bfloat16 if native else torch.float32
+        cfg = Config(**content["config"])
+        model, codecs = AudioVideoTransformer(cfg), make_codecs(cfg)
+        for name, module in (("model", model), ("codecs", codecs)):
+            module.load_state_dict(content[name])
+            module.eval().requires_grad_(False)
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
+        reason = str(error).split("\n\t")[-1]
+        raise CheckpointError(f"{path}: does not fit this model or its codecs: {reason}") from error
+    return model, codecs, content["extra"]

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import mutual_forcing as mf
+from data import runs
 from data.codecs import make_codecs
 from data.pictures import read_picture
 from data.writer import FilmWriter, delayed_interrupt
@@ -23,17 +24,17 @@ from mutual_forcing import Config, UserError
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
 
-def load_talker(path: Path) -> mf.AudioVideoTransformer:
-    """The model of a checkpoint that can stream a film. Raises CheckpointError for any other."""
-    model, extra = mf.load_checkpoint(path)
-    if extra.get("stage") in mf.BRANCHES or extra.get("whole"):
-        raise mf.CheckpointError(f"{path}: of stage 1 or a bidirectional teacher; it cannot stream")
-    return model
+def load_talker(path: Path, make_codecs) -> tuple[mf.AudioVideoTransformer, mf.Codecs]:
+    """A checkpoint that can stream a film. Raises CheckpointError for any other."""
+    model, codecs, extra = mf.load_checkpoint(path, make_codecs)
+    if extra.get("stage") in ("codec", "unimodal") or extra.get("whole"):
+        raise mf.CheckpointError(f"{path}: before stage 2, or bidirectional; it cannot stream")
+    return model, codecs
 
 
 def film_settings(args, cfg: Config) -> dict:
     """The command line as arguments of mutual_forcing.stream(), which checks them."""
-    names = ["character", "mode", "steps", "guidance", "window", "seed"]
+    names = ["character", "mode", "steps", "guidance", "seed"]
     settings = {name: getattr(args, name) for name in names}
     needed = 8.0
     if args.say is not None:
@@ -56,11 +57,12 @@ def film_settings(args, cfg: Config) -> dict:
 def make_film(args, make_codecs) -> int:
     """Stream one film into args.out and report the speed. Returns the exit code."""
     began = time.perf_counter()
-    device = mf.find_device(args.device)
-    model = load_talker(args.checkpoint).to(device, mf.native_precision(device))
+    device = runs.find_device(args.device)
+    model, codecs = load_talker(args.checkpoint, make_codecs)
+    model.to(device, runs.native_precision(device))
+    codecs.to(device)
     cfg = model.cfg
     settings = film_settings(args, cfg)
-    codecs = make_codecs(cfg, device)
     frames_left = mf.num_frames(cfg, settings["seconds"])
     film, loaded = mf.stream(model, codecs, **settings), time.perf_counter()
     with delayed_interrupt() as interrupted:  # after which whole chunks are kept
@@ -111,7 +113,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--mode", choices=("few", "multi"), default="few", help="default few")
     add("--steps", type=int, help="evaluations a chunk; default 4, in --mode multi 50")
     add("--guidance", type=float, default=1.0, help="other than 1 doubles the evaluations")
-    add("--window", type=int, help="chunks of history; default: the longest in training")
     add("--seed", type=int, default=0, help="another film; default 0")
     add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
     add("--device", help="default: cuda, else mps, else cpu")

@@ -9,8 +9,8 @@ from mutual_forcing import Codecs, Config, Controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
-    """Frames of a clip of about this length, in whole chunks."""
-    return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
+    """Frames of a clip of about this length, in whole chunks; at least a latent frame."""
+    return max(round(seconds / cfg.chunk_seconds) * cfg.chunk_frames, cfg.step_frames)
 
 
 class Batches(Dataset):
@@ -47,7 +47,7 @@ def film_batch(model, codecs: Codecs, films: Film, chance: torch.Tensor, no_tran
     limits = torch.tensor([[no_transcript], [0.3], [0.5]], dtype=chance.dtype)
     has_text, has_character, has_first_frame = (chance >= limits).to(model.device)
     null = controls.dropped(model.cfg)
-    return x.to(model.no_first.dtype), Controls(
+    return x.to(model.place.dtype), Controls(
         symbols=torch.where(has_text[:, None], controls.symbols, null.symbols),
         character=torch.where(has_character, controls.character, null.character),
         first_frame=controls.first_frame,

@@ -1,8 +1,9 @@
-"""A run of training: its processes (torchrun), its folder and its log."""
+"""Devices; and a run of training: its processes (torchrun), its folder and its log."""
 
 import fcntl
 import os
 import signal
+import subprocess
 import warnings
 from pathlib import Path
 
@@ -11,7 +12,31 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from mutual_forcing import AudioVideoTransformer, UserError, load_file
+from mutual_forcing import UserError, load_file
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of this name; None: cuda, else mps, else cpu. Raises UserError."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        zero = torch.zeros(1, device=name)
+        zero.item()
+        return zero.device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: PyTorch cannot use it here") from error
+
+
+def native_precision(device) -> torch.dtype:
+    """bf16 where the device multiplies it natively, else fp32: a rule, no measurement."""
+    native = False
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.device(device).type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+        native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if native else torch.float32
 
 
 def start_processes(device: torch.device) -> torch.device:
@@ -38,17 +63,16 @@ def any_process(wish, device) -> bool:
     return bool(wishes)
 
 
-def shard(net: AudioVideoTransformer, device: torch.device) -> None:
+def shard(net: torch.nn.Module, device: torch.device) -> None:
     """Divide a network's weights among the processes (FSDP2), block by block."""
     warnings.filterwarnings("ignore", "FSDP2-wrapped")  # of views changed in place: there are none
     mesh = init_device_mesh(device.type, (process()[1],))
-    for side in (*net.video.sides, *net.audio.sides):
-        fully_shard(side, mesh=mesh)
-        for method in ("modulate", "project", "finish"):
-            register_fsdp_forward_method(side, method)
+    for block in getattr(net, "blocks", []):
+        fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
-    for method in ("start", "step"):
-        register_fsdp_forward_method(net, method)
+    for method in ("start", "step", "embed_text", "loss"):
+        if hasattr(net, method):
+            register_fsdp_forward_method(net, method)
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool, device) -> tuple:
@@ -68,6 +92,17 @@ def prepare_folder(out: Path, resume: bool, overwrite: bool, device) -> tuple:
     if any_process(wrong, device):
         raise UserError(f"{out}: {wrong or 'see the first process'}")
     return content, lock
+
+
+def commit() -> str:
+    """The commit of this code, with a plus sign if files of it are changed; "" outside of git."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    here = Path(__file__).parent
+    try:
+        result = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
+    return result.stdout.strip()
 
 
 def begin_log(log: Path, content: dict | None) -> None:
