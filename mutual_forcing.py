@@ -1,7 +1,6 @@
 """Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a
-talking character, picture and sound together, in 4 or 8 network evaluations per chunk (and one
-that writes the finished chunk into the cache).
-Read it from top to bottom: each part uses only what stands above it.
+talking character, picture and sound together, in 4 or 8 network evaluations per chunk.
+Each part uses only what stands above it.
 
 The paper in six sentences. A transformer with a video and an audio branch, joined by one
 self-attention, generates a film chunk by chunk and keeps what it generated in a KV cache. One set
@@ -17,44 +16,40 @@ The stages in code; train.py calls these lines (stage 0 trains the video codec, 
     # Stage 1: each branch alone. Stage 2: both. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3, for clips x. Its steps 1 to 4 are the numbered steps of mutual_forcing_loss():
-    #   1. states, generated = rollout(model, x, ...)   the few-step mode generates; no gradient
-    #      history = states[-1]
-    #   2. flow_matching_loss(model, x, history)        the multi-step mode learns the real chunk
-    #   3. shortcut_loss(model, x, history, ema)        the few-step mode learns large steps
-    #   4. dmd_loss(model, states, real=ema, fake=fake) its films move toward the real score,
-    #      flow_matching_loss(fake, history)            and the fake score follows them
+    # Stage 3. In mutual_forcing_loss() these steps have the same numbers:
+    #   1. states, generated = rollout(model, x, controls, times)    the few-step mode generates,
+    #      history = states[-1]                                      without gradient
+    #   2. flow_matching_loss(model, x, history, controls)           the multi-step mode learns
+    #   3. shortcut_loss(model, x, history, controls, teacher=ema)   it teaches the few-step mode
+    #   4. dmd_loss(model, states, history, controls, real=ema, fake=fake, ...)   and so does DMD
     losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=ema, fake=fake)
     # Self-Forcing, for comparison: DMD alone, toward a bidirectional teacher, which is trained as
-    # in stage 2 with one chunk as long as the clip, and therefore without history.
-    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=bidirectional,
-                                       fake=fake, score_chunk=S, weights={"dmd": 1})
+    # in stage 2, but with one chunk as long as the clip and therefore without history.
+    losses, logs = mutual_forcing_loss(model, x, controls, teacher=None, real=bidirectional_model,
+                                       fake=fake, weights={"dmd": 1}, bidirectional=True)
 
 Axes                                        Symbols
   B  films in a batch                         x       clean latents
   F  frames of the picture                    x_t     noised latents, (1 - t) noise + t x
   S  latent frames (cfg.step_frames frames)   t       time: 0 is noise, 1 is data
   N  tokens of one branch, one latent frame   d       step size; 0 selects the multi-step mode
-  D  width; H heads; P values of a head       v       velocity; that of the data is x - noise
-  E  values of a latent frame: those of video, then those of audio
+  D  width; H heads; P values of a head       v       velocity; its target for data is x - noise
+  E  values of a latent frame: all video values, then all audio values
 
 The network predicts v, and a denoising step is x_{t+d} = x_t + d v. All losses compare velocities,
-but for DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk latent frames. Times
+except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk latent frames. Times
 and step sizes are (B, S, 1): video and audio share them. A tensor of tokens is (2, B, S, N, D): its
 first axis is the branch, 0 for video and 1 for audio.
 
-What we do differently, or decide where the paper is silent, is marked "our choice";
-docs/departures.md lists it, with measurements.
+Where the paper is silent, or we depart from it, the code says "our choice"; docs/departures.md has
+the measurements. Functions raise UserError for a user's mistakes.
 """
 
 import functools
-import hashlib
-import io
 import math
 import unicodedata
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import chain, islice, pairwise, repeat
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -64,6 +59,8 @@ from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
 ALPHABET = "abcdefghijklmnopqrstuvwxyz "  # the symbols of a transcript; the last one is silence
+DEFAULT_STEPS = {"few": 4, "multi": 50}  # evaluations of a chunk in each mode
+WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's is our choice
 
 
 class UserError(ValueError):
@@ -72,10 +69,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Every size of a model and of its latents. The values are our choice: they fit a laptop.
-
-    Raises UserError with the name of the field that is wrong, and why.
-    """
+    """Every size of a model and of its latents. The values are our choice: they fit a laptop."""
 
     width: int = 192  # D, values of a token
     layers: int = 4
@@ -98,29 +92,22 @@ class Config:
     def __post_init__(self):
         for field in fields(self):
             value, kind = getattr(self, field.name), type(field.default)
-            number = kind is not tuple
-            if type(value) is not kind or (number and not 1e-9 <= value < 2**20):
-                raise UserError(f"Config.{field.name} = {value!r}: no {kind.__name__} in range")
+            in_range = kind is tuple or type(value) is kind and 1e-9 <= value < 2**20
+            if type(value) is not kind or not in_range:
+                raise UserError(
+                    f"Config.{field.name} = {value!r}: must be {kind.__name__} in range"
+                )
         samples = self.sample_rate * self.step_frames / self.fps  # of a latent frame
-        history_frames = (self.window + 1) * self.chunk_frames
+        seen = (self.window + 1) * self.chunk_frames
         for wrong, why in (
             (self.grid**2 != self.tokens, "tokens must be a square number"),
             (samples % self.tokens, "tokens must divide the samples of a latent frame"),
             (self.sample_rate % self.fps, "sample_rate must be a multiple of fps"),
             (self.width % (8 * self.heads), "width must be a multiple of 8 heads"),
-            (2 * history_frames > self.clock * self.fps, "clock must be twice the window or more"),
+            (2 * seen > self.clock * self.fps, "clock must last twice window + 1 chunks"),
         ):
             if wrong:
                 raise UserError(f"Config: {why}")
-
-    def same_format(self, other: "Config") -> bool:
-        """Whether models of both sizes make films of one format, from the same controls."""
-        own = {name: getattr(self, name) for name in ("width", "layers", "heads", "window")}
-        return replace(other, **own) == self
-
-    @property
-    def head_dim(self) -> int:  # P
-        return self.width // self.heads
 
     @property
     def grid(self) -> int:  # video tokens along one side of the picture
@@ -133,10 +120,6 @@ class Config:
     @property
     def latent_values(self) -> int:  # E
         return self.tokens * (self.video_dim + self.audio_dim)
-
-    @property
-    def clock_ticks(self) -> int:  # period of the rotary phases, in hops
-        return self.clock * self.fps * self.tokens // self.step_frames
 
     @property
     def chunk_frames(self) -> int:
@@ -161,9 +144,9 @@ class Codecs(nn.Module):
     Both are modules with encode(film) -> latents, decode(latents) -> film, and
     decode_next(latents, state) -> (part of the film, state), which decodes a film chunk by chunk:
     state is None for the first chunk, and then what the last call returned. Latents have about unit
-    variance. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim); its
-    state may be anything. audio: float32 samples (B, n) and latents (B, S, N, audio_dim); its state
-    is samples (B, m) still due (m may be 0), which end the film.
+    variance. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim). audio:
+    float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m) that are
+    not returned yet; the last ones end the film.
     """
 
     def __init__(self, video: nn.Module, audio: nn.Module):
@@ -172,7 +155,7 @@ class Codecs(nn.Module):
 
 
 class Controls(NamedTuple):
-    """What steers a film. Each control has a value that means "not given"; see dropped()."""
+    """What steers films. Each control has a value that means "not given"."""
 
     symbols: Tensor  # (B, margin + F + margin) long, a symbol per frame; cfg.unknown: not given
     character: Tensor  # (B,) long, index into cfg.characters; their number: not given
@@ -180,7 +163,6 @@ class Controls(NamedTuple):
     has_first_frame: Tensor  # (B,) bool
 
     def map(self, function) -> "Controls":
-        """Apply a function of one tensor to each of them."""
         return Controls(*[function(tensor) for tensor in self])
 
     def chunks(self, cfg: Config) -> list["Controls"]:
@@ -200,8 +182,7 @@ class Controls(NamedTuple):
 def split(cfg: Config, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (B, S, E) -> tokens of video (B, S, N, video_dim), of audio (B, S, N, audio_dim)."""
     sizes = [cfg.tokens * cfg.video_dim, cfg.tokens * cfg.audio_dim]
-    video, audio = latents.split(sizes, -1)
-    return video.unflatten(-1, (cfg.tokens, -1)), audio.unflatten(-1, (cfg.tokens, -1))
+    return tuple(part.unflatten(-1, (cfg.tokens, -1)) for part in latents.split(sizes, -1))
 
 
 def join(video: Tensor, audio: Tensor) -> Tensor:
@@ -209,33 +190,20 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
     return torch.cat([video.flatten(2), audio.flatten(2)], -1)
 
 
-def check_latents(cfg: Config, latents: Tensor) -> Tensor:
-    """Video latents (B, S, N, video_dim), as they are. Raises UserError for those of other sizes."""
-    sizes, expected = tuple(latents.shape[2:]), (cfg.tokens, cfg.video_dim)
-    if sizes != expected:
-        raise UserError(f"the codec makes latents of {sizes}, the model has {expected}: see Codecs")
-    return latents
-
-
 # ---- Noise schedules -----------------------------------------------------------------------------
-# One warp maps even progress u in 0..1 to time t, for the times of training and for all sampling
-# grids.
 
 
 def warp(u: Tensor, shift: float) -> Tensor:
-    """Progress u in 0..1 -> time t in 0..1, moved toward noise by a shift above 1.
+    """Even progress u in 0..1 -> time t in 0..1, for times of training and for sampling grids.
 
-    Our choice: the values of a film depend on each other, so that most of it is visible early.
+    Our choice: a shift above 1 moves times toward noise. Values of a film are strongly correlated,
+    so that most of it is visible at a small t already.
     """
     return u / (u + shift * (1 - u))
 
 
 def time_grid(cfg: Config, steps: int) -> Tensor:
-    """Times from 0 to 1 of a sampler with so many steps (steps + 1, 1, 1, 1).
-
-    The times of 4 steps are every other time of 8. Raises UserError for steps that are not 1 to
-    1000.
-    """
+    """Times from 0 to 1 of a sampler with so many steps, at most 1000: (steps + 1, 1, 1, 1)."""
     if not 1 <= steps <= 1000:
         raise UserError(f"steps must be between 1 and 1000, not {steps}")
     return warp(torch.linspace(0, 1, steps + 1), cfg.shift)[:, None, None, None]
@@ -247,9 +215,9 @@ def each_frame(per_chunk: Tensor, chunk: int) -> Tensor:
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
-    """Times to train clips x (B, S, E) at, one for each chunk: (B, S, 1).
+    """A time for each chunk to train clips x (B, S, E) at: (B, S, 1).
 
-    Our choice: progress is logit-normal, then warped like the sampling grids.
+    Our choice: progress is logit-normal.
     """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
     return each_frame(warp(u, cfg.shift), chunk).to(x)
@@ -287,39 +255,38 @@ def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
 class Conditioning(nn.Module):
     """Time t, step size d and the character -> a vector for each latent frame.
 
-    Our choice: the part of d has no biases, reads features that are zero at d = 0, and ends in a
-    layer that starts at zero. So it adds nothing at d = 0, and gets no gradient before stage 3:
-    until then the two modes are the same.
+    Our choice: the layers of d have no biases, read features that are zero at d = 0, and the last
+    one starts at zero. So they add nothing at d = 0, and get no gradient before stage 3: until then
+    the two modes are the same.
     """
 
     def __init__(self, width: int, characters: int):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
         layers = nn.Linear(64, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
-        self.size = nn.Sequential(*layers)
+        self.size = nn.Sequential(*layers)  # of the step size
         self.character = nn.Embedding(characters, width)
         nn.init.zeros_(self.size[-1].weight)
 
     def forward(self, t: Tensor, d: Tensor, character: Tensor) -> Tensor:
         """t, d (B, S, 1) and character (B,) -> (B, S, 1, D)."""
-        like = self.character.weight
-        time = self.time(sinusoid(t).to(like))
-        size = self.size((sinusoid(d) - sinusoid(0 * d)).to(like))
-        return F.silu(time + size + self.character(character)[:, None])[:, :, None]
+        weight = self.character.weight
+        from_t = self.time(sinusoid(t).to(weight))
+        from_d = self.size((sinusoid(d) - sinusoid(0 * d)).to(weight))
+        return F.silu(from_t + from_d + self.character(character)[:, None])[:, :, None]
 
 
 class TextEmbedding(nn.Module):
     """The timed transcript -> what is added to the tokens of each latent frame.
 
-    Our choice: added, where the paper uses cross-attention, for its time is known. A latent frame
-    sees its own symbols and those of cfg.margin frames on both sides, because a mouth moves before
-    its letter sounds.
+    Our choice: it is added, where the paper uses cross-attention, because the time of each symbol
+    is known. A latent frame sees its own symbols and those of cfg.margin frames on both sides: a
+    mouth moves before its letter sounds.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.cfg = cfg
-        self.visible = cfg.step_frames + 2 * cfg.margin
+        self.cfg, self.visible = cfg, cfg.step_frames + 2 * cfg.margin
         self.embed = nn.Embedding(cfg.symbols + 1, 64)
         self.hidden = nn.Linear(64 * self.visible, cfg.width)
         self.out = nn.Linear(cfg.width, 2 * cfg.tokens * cfg.width)
@@ -331,50 +298,55 @@ class TextEmbedding(nn.Module):
         return self.out(x).unflatten(-1, (2, self.cfg.tokens, -1)).movedim(2, 0)
 
 
-@functools.cache
-def rotary_table(cfg: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Angles of the 3-D rotary embedding: of time (clock_ticks, P / 4), of place (N, P / 4).
-
-    Half of the pairs of a head turn with time, in hops of sound, and half with the place in the
-    picture: its row and its column. Our choice: each frequency of time makes a whole number of
-    turns in cfg.clock seconds, so that positions stay bounded however long the film is.
-    """
-    pairs = cfg.head_dim // 4
-    ticks = torch.arange(cfg.clock_ticks)
-    turns = torch.logspace(1, math.log2(cfg.clock_ticks / 4), pairs, base=2).round().long()
-    time = 2 * math.pi / cfg.clock_ticks * (ticks[:, None] * turns % cfg.clock_ticks)
-    rates = torch.logspace(0, -1, pairs // 2)
-    side = torch.arange(cfg.grid)
-    place = (torch.cartesian_prod(side, side).view(-1, 2, 1) * rates).flatten(1)
-    return time.to(device), place.to(device)
-
-
 def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of latent frames (S,) -> cosines and sines of their tokens (S, 2 N, P / 2).
 
-    A position of -1 has no time: its cosines and sines are zero, which erases that half of a key.
+    The 3-D rotary embedding: half of the pairs of a head rotate with time, in hops of sound, and
+    half with the row and the column in the picture. A position of -1 has no time: its cosines and
+    sines are zero, which erases that half of a key. Our choice: each frequency of time makes whole
+    rotations in cfg.clock seconds, so that positions stay bounded however long the film is.
     """
-    time, place = rotary_table(cfg, positions.device)
+    period = cfg.clock * cfg.fps * cfg.tokens // cfg.step_frames  # in hops
+    pairs = cfg.width // cfg.heads // 4
+    rotations = torch.logspace(1, math.log2(period / 4), pairs, base=2).round().long()
     hops = torch.arange(cfg.tokens, device=positions.device)
     ticks = torch.cat([0 * hops, hops]) + cfg.tokens * positions[:, None]  # (S, 2 N)
-    time = time[ticks % cfg.clock_ticks]  # (S, 2 N, P / 4)
-    place = torch.cat([place, 0 * place]).expand_as(time)  # sound has no place: no turn
+    turned = ticks[..., None] * rotations.to(positions.device) % period
+    time = 2 * math.pi / period * turned  # (S, 2 N, P / 4)
+    side, rates = torch.arange(cfg.grid), torch.logspace(0, -1, pairs // 2)
+    place = torch.cartesian_prod(side, side).view(-1, 2, 1) * rates  # (N, 2, P / 8)
+    place = F.pad(place.flatten(1), (0, 0, 0, cfg.tokens)).to(positions.device)  # sound has none
     has_time = (positions >= 0)[:, None, None]
-    cos = torch.cat([time.cos() * has_time, place.cos()], -1)
-    sin = torch.cat([time.sin() * has_time, place.sin()], -1)
-    return cos, sin
+    cos = [time.cos() * has_time, place.cos().expand_as(time)]
+    sin = [time.sin() * has_time, place.sin().expand_as(time)]
+    return torch.cat(cos, -1), torch.cat(sin, -1)
 
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys (..., S, 2 N, P), turned: pair i is the values i and i + P / 2."""
+    """Queries or keys (..., S, 2 N, P), rotated: pair i is the values i and i + P / 2."""
     (cos, sin), (a, b) = phases, x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x)
 
 
 def without_time(k: Tensor) -> Tensor:
-    """Keys (..., P) with zeros in the half that turns with time: the same from any distance."""
-    halves = k.unflatten(-1, (2, 2, -1))  # pairs' first and second values; time and place
-    return torch.stack([torch.zeros_like(halves[..., 0, :]), halves[..., 1, :]], -2).flatten(-3)
+    """Keys (..., P) with zeros in the half that rotates with time: the same from any distance."""
+    pairs = k.unflatten(-1, (2, 2, -1))  # (..., first and second value, time and place, P / 4)
+    return torch.stack([torch.zeros_like(pairs[..., 0, :]), pairs[..., 1, :]], -2).flatten(-3)
+
+
+def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm, modulated: tokens x (2, B, S, N, D), shift and scale broadcast to it."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention: q (B, H, S, 2 N, P), k and v of the latent frames that can be seen.
+
+    mask bool, a row for each token of q and a column for each token of k: who sees whom.
+    """
+    q_flat, k_flat, v_flat = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
+    seen = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, attn_mask=mask)
+    return seen.view(q.shape)
 
 
 class Block(nn.Module):
@@ -398,30 +370,19 @@ class Block(nn.Module):
         six = (modulation + self.offset).chunk(6, -1)  # each (2, B, S, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
         qkv = self.qkv(normalise(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
-        qkv = qkv.permute(4, 1, 5, 2, 0, 3, 6).flatten(4, 5)  # (3, B, H, S, 2 N, P)
+        # (2, B, S, N, 3, H, P) -> (3, B, H, S, 2 N, P)
+        qkv = qkv.permute(4, 1, 5, 2, 0, 3, 6).flatten(4, 5)
         q, k = rotate(F.layer_norm(qkv[:2], qkv.shape[-1:]), phases)  # QK-norm
-        seen = attend(q, k, qkv[2]).unflatten(3, (2, -1))  # (B, H, S, 2, N, P)
-        x = torch.addcmul(x, gate1, self.out(seen.permute(3, 0, 2, 4, 1, 5).flatten(-2)))
+        seen = attend(q, k, qkv[2]).unflatten(3, (2, -1))
+        # (B, H, S, 2, N, P) -> (2, B, S, N, H P)
+        seen = seen.permute(3, 0, 2, 4, 1, 5).flatten(-2)
+        x = torch.addcmul(x, gate1, self.out(seen))
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(normalise(x, shift2, scale2)))))
 
 
-def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm, modulated: tokens x (2, B, S, N, D), shift and scale broadcast to it."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention of tokens by latent frame: q (B, H, S, 2 N, P), k and v (B, H, S', 2 N, P).
-
-    mask (S 2 N, S' 2 N) bool: who sees whom.
-    """
-    q_flat, k_flat, v_flat = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
-    seen = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, attn_mask=mask)
-    return seen.view(q.shape)
-
-
 class ParallelAttention:
-    """Who attends to whom in the parallel form: rows see columns (here with a window of 1):
+    """Who attends to whom in the parallel form. A row attends to the columns marked x; rows and
+    columns are chunks (here the window is 1), or the reference:
 
                     columns:  sink  reference  history   noised
                                                0 1 2     0 1 2
@@ -434,9 +395,9 @@ class ParallelAttention:
                noised 2        x      x          x           x
 
     The reference is a latent frame that holds the first frame of the film. The sink is chunk 0 of
-    the history once more, so that a chunk sees who speaks however short the window is. Sink and
-    reference have no time: the half of their keys that turns with time is zero. So a film of any
-    length has no position that training never saw (our choice).
+    the history once more: it keeps the character's look and voice in view however short the window
+    is. Sink and reference have no time: the half of their keys that rotates with time is zero. So a
+    film of any length has no position that training never saw (our choice).
     """
 
     def __init__(self, cfg: Config, frames: int, chunk: int, has_history: bool, coupled: bool):
@@ -445,16 +406,14 @@ class ParallelAttention:
         row, column = chunk_of[:, None], chunk_of[None]
         same = row == column
         before = (column < row) & (column >= row - cfg.window)
-        self.sink = slice(1, 1 + chunk * has_history)  # the latent frames that the sink repeats
-        sink = (row > 0).expand(-1, chunk * has_history)
-        reference, nothing = torch.ones(frames, 1).bool(), torch.zeros_like(same)
+        self.sink_frames = slice(1, 1 + chunk * has_history)
+        sees_sink = (row > 0).expand(-1, chunk * has_history)
+        always = torch.cat([sees_sink, torch.ones(frames, 1).bool()], 1)  # sink and reference
+        mask = torch.cat([always] + [before] * has_history + [same], 1)  # the noised rows
         if has_history:
-            history_rows = torch.cat([sink, reference, before | same, nothing], 1)
-            noised_rows = torch.cat([sink, reference, before, same], 1)
-            mask = torch.cat([history_rows, noised_rows])
-        else:
-            mask = torch.cat([reference, same], 1)
-        reference_row = torch.arange(mask.shape[1])[None] == sink.shape[1]
+            history_rows = torch.cat([always, before | same, torch.zeros_like(same)], 1)
+            mask = torch.cat([history_rows, mask])
+        reference_row = torch.arange(mask.shape[1])[None] == sees_sink.shape[1]
         mask = torch.cat([reference_row, mask])
         branch = torch.arange(2).repeat_interleave(cfg.tokens)
         tokens = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
@@ -462,55 +421,35 @@ class ParallelAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, S', 2 N, P) of [reference | history | noised] -> what each token saw."""
-        k = torch.cat([without_time(k[:, :, self.sink]), k], 2)
-        v = torch.cat([v[:, :, self.sink], v], 2)
-        return attention(q, k, v, self.mask.to(q.device))
+        k = torch.cat([without_time(k[:, :, self.sink_frames]), k], 2)
+        v = torch.cat([v[:, :, self.sink_frames], v], 2)
+        self.mask = self.mask.to(q.device)
+        return attention(q, k, v, self.mask)
 
 
 class KVCache:
     """Keys and values of the chunks already generated: the streaming context buffer (section 3.1).
 
-    Of each layer: [ current | reference | sink | ring of cfg.window chunks ]. Each evaluation
-    writes the keys and values of the current chunk, and attends to all that is visible. A commit,
-    at t = 1 and d = 0, also writes them into the oldest place of the ring, and those of chunk 0
-    into the sink. Keys are stored after their rotation, because the rotary phases are periodic.
+    Each layer keeps those of [reference, sink, the last cfg.window chunks]. An evaluation sees them
+    and the current chunk. A commit, at t = 1 and d = 0, also keeps the current chunk, in the place
+    of the oldest one. Keys are stored after their rotation, because the phases are periodic.
     """
 
     def __init__(self, cfg: Config):
-        self.cfg, self.count = cfg, 0  # chunks committed
-        self.sink = cfg.chunk + 1  # the latent frame at which the sink begins
-        self.ring = self.sink + cfg.chunk
-        self.k = self.v = torch.empty(0)  # (layers, B, H, latent frames, 2 N, P)
-
-    def write_reference(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The reference (B, H, 1, 2 N, P) sees itself alone, and stays."""
-        if layer == 0:
-            frames = self.ring + self.cfg.window * self.cfg.chunk
-            shape = (self.cfg.layers, *k.shape[:2], frames, *k.shape[3:])
-            self.k, self.v = k.new_zeros(shape), k.new_zeros(shape)
-        self.write(layer, self.cfg.chunk, k, v)
-        return attention(q, k, v)
-
-    def write(self, layer: int, start: int, k: Tensor, v: Tensor) -> None:
-        """Store keys and values (B, H, S, 2 N, P) from latent frame `start` on."""
-        self.k[layer, :, :, start : start + k.shape[2]] = k
-        self.v[layer, :, :, start : start + k.shape[2]] = v
+        self.count, self.window = 0, cfg.window  # chunks committed; chunks kept
+        self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S, 2 N, P)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The current chunk (B, H, S, 2 N, P) sees itself and all that is kept."""
-        self.write(layer, 0, k, v)
-        stop = self.sink
-        if self.count:
-            stop = self.ring + min(self.count, self.cfg.window) * self.cfg.chunk
-        return attention(q, self.k[layer, :, :, :stop], self.v[layer, :, :, :stop])
+        keys, values = zip((k, v), *self.kept[layer])
+        return attention(q, torch.cat(keys, 2), torch.cat(values, 2))
 
     def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """attend(), and keep the current chunk; the oldest one is evicted."""
-        seen = self.attend(layer, q, k, v)
-        oldest = self.count % self.cfg.window
-        self.write(layer, self.ring + oldest * self.cfg.chunk, k, v)
-        if self.count == 0:
-            self.write(layer, self.sink, without_time(k), v)
+        """attend(), and keep: first the reference, then each chunk in the place of the oldest."""
+        seen, kept = self.attend(layer, q, k, v), self.kept[layer]
+        if len(kept) == 1:  # chunk 0 becomes the sink, too
+            kept.append((without_time(k), v))
+        place = 2 + self.count % self.window
+        kept[place : place + 1] = [(k, v)]
         return seen
 
 
@@ -518,7 +457,8 @@ class AudioVideoTransformer(nn.Module):
     """Two branches and one joint self-attention: noised latents in, velocities out.
 
     forward() is the parallel form, for training: all chunks of a clip at once, under a mask.
-    step() is the streaming form, for sampling: one chunk at a time, with a KVCache. They agree.
+    step() is the streaming form, for sampling: one chunk at a time, with a KVCache. Both give the
+    same v, which the tests check.
     """
 
     def __init__(self, cfg: Config):
@@ -547,14 +487,10 @@ class AudioVideoTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.place.device
 
-    def embed_text(self, symbols: Tensor) -> Tensor:
-        """The transcript (B, margin + F + margin), embedded: (2, B, S, N, D)."""
-        return self.text(symbols)
-
-    def tokens(self, x_t: Tensor, t: Tensor, d: Tensor, text: Tensor, character: Tensor):
+    def tokens(self, x_t, t, d, text, character) -> tuple[Tensor, Tensor]:
         """x_t (B, S, E), t, d (B, S, 1) -> tokens (2, B, S, N, D), conditioning (B, S, 1, D).
 
-        text: the transcript, embedded; character (B,).
+        text (2, B, S, N, D): the transcript, embedded; character (B,).
         """
         parts = split(self.cfg, x_t.to(self.place))
         x = torch.stack([embed(part) for embed, part in zip(self.embed, parts)])
@@ -565,12 +501,12 @@ class AudioVideoTransformer(nn.Module):
 
         Our choice: it has no transcript and no time, and its audio tokens are learned.
         """
-        none = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
-        given = self.embed[0](controls.first_frame.to(self.place))
-        video = torch.where(controls.has_first_frame[:, None, None, None], given, none[0])
-        t = torch.ones(len(given), 1, 1, device=self.device)
+        absent = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
+        picture = self.embed[0](controls.first_frame.to(self.place))
+        video = torch.where(controls.has_first_frame[:, None, None, None], picture, absent[0])
+        t = torch.ones(len(picture), 1, 1, device=self.device)
         conditioning = self.conditioning(t, 0 * t, controls.character)
-        return torch.stack([video, none[1].to(video)]) + self.place, conditioning
+        return torch.stack([video, absent[1].to(video)]) + self.place, conditioning
 
     def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
         """Pass tokens (2, B, S, N, D) through all blocks; attend(layer, q, k, v): see Block."""
@@ -582,9 +518,9 @@ class AudioVideoTransformer(nn.Module):
     def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor) -> Tensor:
         """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) -> v (B, S, E).
 
-        Our choice: v contains noise, up to audio_dim values of it, which need not pass through the
-        D values of a token. Video adds a multiple of x_t that depends on t. For audio a token gives
-        a factor of each value of x_t, as a Wiener filter does, because a hiss is noise, too.
+        Our choice: v contains noise, of more values than D can hold. So x_t is added again: in
+        video times a number that depends on t, in audio times a factor that a token predicts for
+        each value, as a Wiener filter does, because a hiss is noise, too.
         """
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video, audio = split(self.cfg, x_t)
@@ -592,16 +528,7 @@ class AudioVideoTransformer(nn.Module):
         offset, factor = self.head[1](x[1]).float().chunk(2, -1)
         return join(v_video, offset + factor * audio)
 
-    def forward(
-        self,
-        x_t: Tensor,
-        t: Tensor,
-        d: Tensor,
-        controls: Controls,
-        history: Tensor | None = None,
-        chunk: int | None = None,
-        coupled: bool = True,
-    ) -> Tensor:
+    def forward(self, x_t, t, d, controls, history=None, chunk=None, coupled=True) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
 
         x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 1), the same within a chunk; history (B,
@@ -612,7 +539,6 @@ class AudioVideoTransformer(nn.Module):
         b, s = x_t.shape[:2]
         chunk = chunk or self.cfg.chunk
         assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
-        assert t.shape[-1] == d.shape[-1] == 1, "t and d have one number for each latent frame"
         t, d = t.expand(b, s, 1), d.expand(b, s, 1)
         text, character = self.text(controls.symbols), controls.character
         parts = [self.reference(controls), self.tokens(x_t, t, d, text, character)]
@@ -632,21 +558,20 @@ class AudioVideoTransformer(nn.Module):
         """A cache that holds the reference, and no chunk yet."""
         cache = KVCache(self.cfg)
         no_time = torch.tensor([-1], device=self.device)
-        self.run_blocks(*self.reference(controls), no_time, cache.write_reference)
+        self.run_blocks(*self.reference(controls), no_time, cache.commit)
         return cache
 
     @torch.no_grad()
-    def step(self, x_t, t, d, text: Tensor, character: Tensor, cache: KVCache, commit=False):
+    def step(self, x_t, t, d, controls: Controls, cache: KVCache, commit=False) -> Tensor:
         """Streaming form: one evaluation of the chunk that follows those in the cache.
 
-        x_t (B, S, E), t and d (B or 1, 1, 1), text (2, B, S, N, D) the transcript of this chunk,
-        embedded, character (B,) -> v (B, S, E). commit: keep the chunk's keys and values; x_t is
-        then the finished chunk, t = 1 and d = 0.
+        x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E). commit: keep
+        the chunk's keys and values; x_t is then the finished chunk, t = 1 and d = 0.
         """
         b, s = x_t.shape[:2]
         positions = cache.count * self.cfg.chunk + torch.arange(s, device=x_t.device)
-        t, d = t.expand(b, 1, 1), d.expand(b, 1, 1)
-        x, conditioning = self.tokens(x_t, t, d, text, character)
+        text, t, d = self.text(controls.symbols), t.expand(b, 1, 1), d.expand(b, 1, 1)
+        x, conditioning = self.tokens(x_t, t, d, text, controls.character)
         x = self.run_blocks(x, conditioning, positions, cache.commit if commit else cache.attend)
         cache.count += int(commit)
         return self.read_out(x, conditioning, x_t)
@@ -669,57 +594,40 @@ def denoise(velocity, x: Tensor, times: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def generate(
-    model: AudioVideoTransformer,
-    controls,
-    times: Tensor,
-    *,
-    few: bool = True,
-    guidance: float = 1.0,
-    generator: torch.Generator | None = None,
-    clips: Tensor | None = None,
-    teacher_forcing: bool = False,
+    model, controls, times, *, few=True, guidance=1.0, generator=None, clips=None, self_made=True
 ):
     """Generate films through the cache; yields the states of each chunk (see denoise).
 
-    controls: any iterable of the Controls of each chunk, read one chunk ahead. times (K + 1, 1, 1,
-    1). few: tell the network the step size d, or 0 (multi-step mode). A guidance other than 1
-    doubles the batch by films without controls. Training (see rollout) gives real clips (B, S, E):
-    their first chunk stands as it is. With teacher_forcing every chunk is generated, but the cache
-    keeps the real ones.
+    controls: any iterable of the Controls of each chunk, read when the chunk is due. times (K + 1,
+    1, 1, 1). few: tell the network the step size d, or 0 (multi-step mode). A guidance other than 1
+    adds films without controls to the batch. Training gives real clips (B, S, E), whose first chunk
+    stands as it is; with self_made False every chunk is generated, but the cache keeps real ones.
     """
     cfg, times, cache = model.cfg, times.to(model.device), None
     copies = 1 if guidance == 1 else 2
-    clean, zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
-    finished = embedded = None
+    data, zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
 
-    def velocity(x_t, t, d, text, character):
-        v = model.step(x_t.repeat(copies, 1, 1), t, d * few, text, character, cache)
-        if copies == 1:
-            return v
-        v, v_null = v.chunk(2)
-        return torch.lerp(v_null, v, guidance)
+    def velocity(x_t, t, d, given):
+        v = model.step(x_t.repeat(copies, 1, 1), t, d * few, given, cache)
+        return v if copies == 1 else torch.lerp(v[len(x_t) :], v[: len(x_t)], guidance)
 
     for index, given in enumerate(controls):
-        batch = len(given.character)
+        shape = (len(given.character), cfg.chunk, cfg.latent_values)
         if copies == 2:
             given = Controls(*[torch.cat(pair) for pair in zip(given, given.dropped(cfg))])
-        if cache is None:
-            cache = model.start(given)
-        else:  # the chunk before this one is finished: it becomes history
-            finished = finished.repeat(copies, 1, 1)
-            model.step(finished, clean, zero, **embedded, cache=cache, commit=True)
-        embedded = {"text": model.embed_text(given.symbols), "character": given.character}
+        cache = cache or model.start(given)
         real = None if clips is None else clips[:, index * cfg.chunk : (index + 1) * cfg.chunk]
-        if real is not None and index == 0 and not teacher_forcing:
+        if real is not None and index == 0 and self_made:
             states = [real] * len(times)
         else:
             # A CPU generator's noise is the same on every device.
-            place = {"device": generator.device if generator else model.device}
-            shape = (batch, cfg.chunk, cfg.latent_values)
-            x = torch.randn(shape, generator=generator, dtype=times.dtype, **place)
-            states = denoise(functools.partial(velocity, **embedded), x.to(model.device), times)
+            device = generator.device if generator else model.device
+            x = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
+            from_noise = functools.partial(velocity, given=given)
+            states = denoise(from_noise, x.to(model.device), times)
         yield states
-        finished = real if teacher_forcing else states[-1]
+        finished = (states[-1] if self_made else real).repeat(copies, 1, 1)
+        model.step(finished, data, zero, given, cache, commit=True)
 
 
 def spell(text: str, frames: int = 3) -> list[int]:
@@ -728,15 +636,14 @@ def spell(text: str, frames: int = 3) -> list[int]:
     Accents are dropped: an e with an accent is an e.
     """
     symbols = []
-    for character in unicodedata.normalize("NFKD", text.lower()):
-        if not unicodedata.combining(character):
-            letter = character if character in ALPHABET else " "
-            symbols += [ALPHABET.index(letter)] * frames
+    for letter in unicodedata.normalize("NFKD", text).lower():
+        if not unicodedata.combining(letter):
+            symbols += [ALPHABET.index(letter if letter in ALPHABET else " ")] * frames
     return symbols
 
 
 def film_controls(cfg: Config, codecs: Codecs, transcript, character, first_frame, device):
-    """Yield the controls of each chunk of one film, without end; see stream(). Raises UserError.
+    """Yield the controls of each chunk of one film, without end; see stream().
 
     The transcript is read only as far ahead as a chunk needs: to its end and cfg.margin frames on.
     """
@@ -745,23 +652,24 @@ def film_controls(cfg: Config, codecs: Codecs, transcript, character, first_fram
     names = (*cfg.characters, None)
     if character not in names and character not in range(len(names)):
         raise UserError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
-    index = names.index(character) if character in names else character
+    index = names.index(character) if character in names else int(character)
     shape = (cfg.image, cfg.image, 3)
     frame = torch.zeros(shape, dtype=torch.uint8)
     if first_frame is not None:
         frame = torch.tensor(np.array(first_frame))  # a copy, whatever its strides
     if frame.shape != shape or frame.dtype != torch.uint8:
         raise UserError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
-    still = frame.expand(1, cfg.step_frames, -1, -1, -1).to(device)
-    latent = check_latents(cfg, codecs.video.encode(still))
+    latent = codecs.video.encode(frame.expand(1, cfg.step_frames, -1, -1, -1).to(device))
     has_first_frame = torch.tensor([first_frame is not None], device=device)
     rest = [torch.tensor([index], device=device), latent, has_first_frame]
 
-    said, after = spell(transcript) if isinstance(transcript, str) else transcript, cfg.silence
+    symbols, otherwise = transcript, cfg.silence
     if transcript is None:
-        said, after = [], cfg.unknown
-    symbols = chain(said, repeat(after))
-    visible = [after] * cfg.margin + list(islice(symbols, cfg.margin))
+        symbols, otherwise = [], cfg.unknown
+    elif isinstance(transcript, str):
+        symbols = spell(transcript)
+    symbols = chain(symbols, repeat(otherwise))
+    visible = [otherwise] * cfg.margin + list(islice(symbols, cfg.margin))
     while True:
         visible += islice(symbols, cfg.chunk_frames)
         if min(visible) < 0 or max(visible) > cfg.unknown:
@@ -771,13 +679,10 @@ def film_controls(cfg: Config, codecs: Codecs, transcript, character, first_fram
 
 
 def num_frames(cfg: Config, seconds: float) -> int:
-    """Frames of a film. Raises UserError for less than one frame or more than a day."""
+    """Frames of a film, which lasts at least one frame and at most a day."""
     if not 1 / cfg.fps <= seconds <= 24 * 3600:
         raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
     return round(seconds * cfg.fps)
-
-
-DEFAULT_STEPS = {"few": 4, "multi": 50}  # evaluations of a chunk in each mode
 
 
 @torch.inference_mode()
@@ -794,32 +699,29 @@ def stream(
     guidance: float = 1.0,
     seed: int = 0,
 ):
-    """Stream one film, chunk by chunk: yields frames and samples.
+    """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    Frames are uint8 (F, image, image, 3), samples float32 (n,). transcript: text (3 frames a
-    letter), or any iterable of a symbol for each frame (cfg.unknown where it is not known), which
-    may come while the film runs; silence follows it. None: no transcript, and the character
-    babbles. character: a name, its index, or None. first_frame: a picture like the frames that are
-    yielded. mode: "few" takes large steps and "multi" small ones; steps: 4 by default, 50 in
-    multi-step mode. guidance: 1 is none. Memory does not grow with the length. The sound of a chunk
-    comes one hop late, and the last chunk brings the rest. The first next() raises UserError for
-    wrong arguments.
+    transcript: text (3 frames a letter), or any iterable of a symbol for each frame (cfg.unknown
+    where it is not known), which may come while the film runs; silence follows it. None: no
+    transcript, and the character babbles. character: a name, its index, or None. first_frame: a
+    picture like the frames that are yielded. mode: "few" takes large steps and "multi" small ones;
+    steps: 4 by default, 50 in multi-step mode. guidance: 1 is none. Memory does not grow with the
+    length. Sound may come later than its frames (see Codecs), and the last chunk brings the rest.
     """
     cfg = model.cfg
     if mode not in DEFAULT_STEPS:
         raise UserError(f"mode must be few or multi, not {mode!r}")
-    steps = DEFAULT_STEPS[mode] if steps is None else steps
     if torch.is_autocast_enabled(model.device.type):
         raise UserError("stream() works outside torch.autocast: the model's own dtype decides")
     if not 0 <= guidance <= 1000 or not 0 <= seed < 2**63:
         raise UserError("guidance is between 0 and 1000, seed between 0 and 2^63")
+    times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
     frames_left = num_frames(cfg, seconds)
     samples_left = frames_left * cfg.sample_rate // cfg.fps
     controls = film_controls(cfg, codecs, transcript, character, first_frame, model.device)
-    noise = torch.Generator().manual_seed(seed)
-    options = {"few": mode == "few", "guidance": guidance, "generator": noise}
+    options = {"guidance": guidance, "generator": torch.Generator().manual_seed(seed)}
     video_state = audio_state = None
-    for states in generate(model, controls, time_grid(cfg, steps), **options):
+    for states in generate(model, controls, times, few=mode == "few", **options):
         video, audio = split(cfg, states[-1])
         frames, video_state = codecs.video.decode_next(video, video_state)
         samples, audio_state = codecs.audio.decode_next(audio, audio_state)
@@ -834,7 +736,7 @@ def stream(
 
 
 # ---- The objectives ------------------------------------------------------------------------------
-# Each is a function that returns (loss, logs).
+# Each is a function that returns (loss, logs); dmd_loss() returns two losses.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
@@ -847,7 +749,7 @@ def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[
 
 
 def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
-    """v, moved away from the one without controls; guidance: a number, or (B, S, 1)."""
+    """v under classifier-free guidance, which is a number, or (B, S, 1); 1 is none."""
     v = model(x_t, t, d, controls, history, chunk)
     if not torch.is_tensor(guidance) and guidance == 1:
         return v
@@ -855,20 +757,12 @@ def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
     return v_null + guidance * (v - v_null)
 
 
-def flow_matching_loss(
-    model,
-    x: Tensor,
-    history: Tensor | None,
-    controls: Controls,
-    *,
-    generated: Tensor | None = None,
-    chunk: int | None = None,
-    coupled: bool = True,
-) -> tuple[Tensor, dict]:
+def flow_matching_loss(model, x, history, controls, *, generated=None, chunk=None, coupled=True):
     """The multi-step mode learns the chunks of x (B, S, E), each at its own time, given a history.
 
     Section 3.2; in stage 3 the history is self-made. On generated films, over the latent frames
-    (bool (S,)) that were generated, it trains DMD's fake score. chunk, coupled: see forward().
+    (bool (S,)) that were generated, it trains DMD's fake score. history, chunk, coupled: see
+    AudioVideoTransformer.forward().
     """
     cfg = model.cfg
     t = draw_times(cfg, x, chunk or cfg.chunk)
@@ -880,38 +774,36 @@ def flow_matching_loss(
     borders = warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shift).to(t)
     level = torch.bucketize(t[..., 0].contiguous(), borders, right=True)
     for name, part in zip(BRANCHES, split(cfg, error.detach())):
-        for number in level.unique().tolist() if generated is None else []:
+        for number in level.unique().tolist():
             logs[f"flow_{name}_level{number}"] = part[level == number].square().mean().item()
     return loss, logs
 
 
-def shortcut_loss(
-    model, x: Tensor, history: Tensor, controls: Controls, *, teacher=None, guidance: float = 1.0
-) -> tuple[Tensor, dict]:
+def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
     """A large step of the few-step mode must land where two half steps land (ShortCut, 3.3).
 
-    The large steps are those of the sampler's grids of 4 and 8 steps (our choice: longer ones
-    damage both modes). The halves of a step of 4 are taken by the few-step mode itself, those of a
-    step of 8 by the multi-step mode. teacher: whose modes these are (default: the model's).
+    x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8 steps (our
+    choice: longer ones damage both modes). The halves of a step of 4 are taken by the teacher's
+    few-step mode, those of a step of 8 by its multi-step mode.
     """
-    cfg, teacher = model.cfg, teacher or model
+    cfg = model.cfg
 
     # 1. Draw a step of one of the grids for each chunk, and halve it before the warp.
     steps = 4 * torch.randint(1, 3, (len(x), x.shape[1] // cfg.chunk))  # 4 or 8
-    first = (torch.rand(steps.shape) * steps).floor()
-    corners = [warp((first + part) / steps, cfg.shift) for part in (0, 0.5, 1)]
+    index = (torch.rand(steps.shape) * steps).floor()
+    corners = [warp((index + part) / steps, cfg.shift) for part in (0, 0.5, 1)]
     t, middle, end = [each_frame(corner, cfg.chunk).to(x) for corner in corners]
-    few = each_frame(steps == 4, cfg.chunk).to(x)  # who teaches; 0: the multi-step mode
+    by_few = each_frame(steps == 4, cfg.chunk).to(x)  # 1: the few-step mode teaches; 0: the other
 
     # 2. Without gradient, the teacher takes the two half steps. Only the multi-step mode is guided:
     #    the few-step mode has learned guidance already.
-    scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * few
+    scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * by_few
     x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
         x_next = x_t
         for start, stop in ((t, middle), (middle, end)):
             d = stop - start
-            v = guided(teacher, x_next, start, few * d, controls, history, scale)
+            v = guided(teacher, x_next, start, by_few * d, controls, history, scale)
             x_next = x_next + d * v
 
     # 3. The velocity with which one step from x_t lands there.
@@ -921,36 +813,26 @@ def shortcut_loss(
 
 
 def dmd_loss(
-    model,
-    states: list[Tensor],
-    history: Tensor,
-    controls: Controls,
-    *,
-    real,
-    fake,
-    times: Tensor,
-    generated: Tensor,
-    guidance: float = 1.0,
-    chunk: int | None = None,
-) -> tuple[Tensor, dict]:
+    model, states, history, controls, *, real, fake, times, generated, guidance=1.0, bidirectional
+) -> tuple[Tensor, Tensor, dict]:
     """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
 
-    states: all states of the sampler on `times`, generated on this history without gradient;
-    generated: bool (S,), the latent frames that it generated. chunk: None, or the length of a clip,
-    for bidirectional scores (Self-Forcing's teacher).
+    states: of the sampler on `times`, generated on this history without gradient; generated: bool
+    (S,), the latent frames that it generated. bidirectional: the scores see whole films and no
+    history (Self-Forcing). Returns the loss, the fake score's loss on these films, and logs.
     """
     cfg = model.cfg
-    score_history = history if chunk is None else None
-    chunk = chunk or cfg.chunk
+    score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
 
-    # 1. Take one denoising step k again, with gradient (our choice). The film is the one generated;
-    #    the step moved it by d v, and so does the gradient.
+    # 1. Take one denoising step k again (our choice). The film's value is the sampler's last state;
+    #    its gradient is that of step k, which moved it by d v.
     k = int(torch.randint(len(times) - 1, ()))
-    t, d = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
-    v = model(states[k], t, d, controls, history)
-    film = states[-1] + d * (v - v.detach())
+    t_k, d_k = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
+    v = model(states[k], t_k, d_k, controls, history)
+    film = states[-1] + d_k * (v - v.detach())
 
-    # 2. Noise the film again, and let both scores say where it came from.
+    # 2. Noise the film again, and let both scores say where it came from. The gradient is their
+    #    difference, divided by the mean error of the real score in each chunk and branch.
     with torch.no_grad():
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
@@ -958,32 +840,33 @@ def dmd_loss(
         v_real = guided(real, x_t, t, zero, controls, score_history, guidance, chunk)
         v_fake = fake(x_t, t, zero, controls, score_history, chunk)
         x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
-        # 3. The gradient is their difference, divided by the real score's mean error in each chunk
-        #    and branch.
         gradients = []
-        for own, x_r, x_f in zip(split(cfg, film), split(cfg, x_real), split(cfg, x_fake)):
-            error = (own - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
+        for part, x_r, x_f in zip(split(cfg, film), split(cfg, x_real), split(cfg, x_fake)):
+            error = (part - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
             scale = each_frame(error, chunk)[..., None].clamp(min=1e-6)
             gradients.append((x_f - x_r) / scale)
         target = film - join(*gradients)
     loss, logs = mean_square("dmd", cfg, film - target, generated)
-    return 0.5 * loss, logs
+
+    # 3. The fake score learns these films.
+    options = {"generated": generated, "chunk": chunk}
+    fake_loss, fake_logs = flow_matching_loss(fake, states[-1], score_history, controls, **options)
+    logs |= {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
+    return 0.5 * loss, fake_loss, logs
 
 
 @torch.no_grad()
-def rollout(model, x: Tensor, controls: Controls, times: Tensor, history: str):
+def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Tensor]:
     """The few-step mode's own films of the clips x (B, S, E), through the streaming cache.
 
-    history: "few" continues its own films from noise after one real chunk; "real" (teacher
-    forcing) generates every chunk on real history. Returns all states of the sampler (see
-    generate), and bool (S,): the latent frames that were generated.
+    self_made: continue its own films from noise after one real chunk; False (teacher forcing):
+    generate every chunk on real history. Returns all states of the sampler (see generate), and bool
+    (S,): the latent frames that were generated.
     """
     cfg = model.cfg
-    options = {"clips": x, "teacher_forcing": history == "real"}
-    films = generate(model, controls.chunks(cfg), times, **options)
+    films = generate(model, controls.chunks(cfg), times, clips=x, self_made=self_made)
     states = [torch.cat(parts, 1) for parts in zip(*films)]
-    num_real = cfg.chunk if history == "few" else 0
-    return states, torch.arange(x.shape[1], device=x.device) >= num_real
+    return states, torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
 
 
 def deal_rows(b: int, weights: dict) -> dict[str, Tensor]:
@@ -993,9 +876,6 @@ def deal_rows(b: int, weights: dict) -> dict[str, Tensor]:
     for i, term in enumerate(terms):
         rows[term] = torch.arange(i, max(b, i + 1), len(terms)) % b  # too few rows serve twice
     return rows
-
-
-WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of the last two: the paper's
 
 
 def mutual_forcing_loss(
@@ -1008,26 +888,22 @@ def mutual_forcing_loss(
     fake,
     weights: dict = WEIGHTS,
     extra: dict | None = None,
-    history: str = "few",
     steps: int = 4,
     guidance: float = 1.0,
-    score_chunk: int | None = None,
+    self_made: bool = True,
+    bidirectional: bool = False,
 ) -> tuple[dict, dict]:
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
-    teacher: the model's EMA copy, whose two modes teach (our choice). real: DMD's real score, the
-    teacher or another model (Self-Forcing's, whose chunk is score_chunk). fake: the online
-    fake-score model, or None if DMD weighs 0. weights: {term: weight}; a term of weight 0 is not
-    computed. extra: a fork's own objectives, {term: (weight, loss)} with loss(model, x, history,
-    controls) -> (loss, logs). history: "few" is self-made, "real" is teacher forcing. steps: of the
-    rollout and of DMD. Our choice: the rows of the batch are dealt to the terms in turn, so that
-    each costs a third of it. Raises UserError for clips of fewer than two chunks, an unknown
-    history or an unknown term.
+    teacher: the model's EMA copy, whose two modes teach (our choice). real, fake: DMD's scores, the
+    teacher or a bidirectional model, and the online fake-score model. weights: {term: weight}; a
+    term of weight 0 is not computed. extra: a fork's own objectives, {term: (weight, loss)} with
+    loss(model, x, history, controls) -> (loss, logs). steps: evaluations of a chunk in the rollout.
+    self_made: see rollout(). Our choice: the rows of the batch are dealt to the terms in turn, so
+    that each costs a share of it.
     """
     if x.shape[1] < 2 * model.cfg.chunk:
         raise UserError("clips must be at least two chunks long: one real, one to generate")
-    if history not in ("few", "real"):
-        raise UserError(f"history must be few or real, not {history!r}")
     if weights.keys() - WEIGHTS or (extra or {}).keys() & {*WEIGHTS, "fake"}:
         raise UserError(f"weights are of {', '.join(WEIGHTS)}; extra objectives have other names")
     times, extra = time_grid(model.cfg, steps).to(x), extra or {}
@@ -1035,115 +911,36 @@ def mutual_forcing_loss(
     rows, losses, logs = deal_rows(len(x), weights), {}, {}
 
     # 1. The few-step mode generates the history, without gradient.
-    states, generated, past = None, None, x
-    if history == "few" or "dmd" in rows:
-        states, generated = rollout(model, x, controls, times, history)
-        past = states[-1] if history == "few" else x
+    states, generated, history = None, None, x
+    if self_made or "dmd" in rows:
+        states, generated = rollout(model, x, controls, times, self_made)
+        history = states[-1] if self_made else x
 
-    def given(term):  # the term's rows of clips, history and controls
-        return x[rows[term]], past[rows[term]], controls.map(lambda c: c[rows[term]])
+    def rows_of(term):  # the term's rows of clips, history and controls
+        return x[rows[term]], history[rows[term]], controls.map(lambda tensor: tensor[rows[term]])
 
     # 2. The multi-step mode learns the real chunk, given that history.
     if "flow" in rows:
-        losses["flow"], new = flow_matching_loss(model, *given("flow"))
+        losses["flow"], new = flow_matching_loss(model, *rows_of("flow"))
         logs |= new
 
     # 3. The EMA copy teaches the few-step mode to take large steps.
     if "shortcut" in rows:
         options = {"teacher": teacher, "guidance": guidance}
-        losses["shortcut"], new = shortcut_loss(model, *given("shortcut"), **options)
+        losses["shortcut"], new = shortcut_loss(model, *rows_of("shortcut"), **options)
         logs |= new
 
     # 4. The few-step mode's films move toward the real score, and the fake score follows the films.
     if "dmd" in rows:
-        _, own_history, own_controls = given("dmd")
-        own = [state[rows["dmd"]] for state in states]
-        options = {"real": real, "fake": fake, "guidance": guidance, "chunk": score_chunk}
-        options |= {"times": times, "generated": generated}
-        losses["dmd"], new = dmd_loss(model, own, own_history, own_controls, **options)
-        score_history = own_history if score_chunk is None else None
-        options = {"generated": generated, "chunk": score_chunk}
-        losses["fake"], fake_logs = flow_matching_loss(
-            fake, own[-1], score_history, own_controls, **options
-        )
-        logs |= new | {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
+        films = [state[rows["dmd"]] for state in states]
+        options = {"real": real, "fake": fake, "guidance": guidance, "times": times}
+        options |= {"generated": generated, "bidirectional": bidirectional}
+        losses["dmd"], losses["fake"], new = dmd_loss(model, films, *rows_of("dmd")[1:], **options)
+        logs |= new
 
     # 5. A fork's own objectives.
     for term, (_, loss) in extra.items():
         if term in rows:
-            losses[term], new = loss(model, *given(term))
+            losses[term], new = loss(model, *rows_of(term))
             logs |= new
     return {term: weights.get(term, 1) * loss for term, loss in losses.items()}, logs
-
-
-# ---- Checkpoints: one dict of tensors and plain types, followed by its SHA-256 -------------------
-
-FORMAT = "mutual-forcing-5"
-
-
-class CheckpointError(UserError):
-    """A checkpoint cannot be used; the message says why, in one line."""
-
-
-def replace_file(path, data: bytes) -> None:
-    """Write a file so that path holds the old bytes or the new ones, never a half."""
-    part = Path(f"{path}.unfinished")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def save_file(path, content: dict) -> None:
-    """Write a dict of tensors and plain types, with its checksum."""
-    buffer = io.BytesIO()
-    torch.save(content | {"format": FORMAT}, buffer)
-    data = buffer.getvalue()
-    replace_file(path, data + hashlib.sha256(data).digest())
-
-
-def load_file(path) -> dict:
-    """Read what save_file() wrote; runs no code from it. Raises CheckpointError."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one")
-    content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: not a checkpoint of this version ({FORMAT})")
-    return content
-
-
-def save_checkpoint(path, model: AudioVideoTransformer, codecs: Codecs, extra: dict | None = None):
-    """Store a model's config, its and its codecs' weights in half precision, and extra plain values.
-
-    Raises CheckpointError, and writes nothing, for weights that are not finite in half precision.
-    """
-    content = {"config": asdict(model.cfg), "extra": extra or {}}
-    for name, module in (("model", model), ("codecs", codecs)):
-        content[name] = {key: x.half() for key, x in module.state_dict().items()}
-        for key, x in content[name].items():
-            if not x.isfinite().all():
-                raise CheckpointError(f"{key} is not finite in half precision; {path} not written")
-    save_file(path, content)
-
-
-def load_checkpoint(path, make_codecs) -> tuple[AudioVideoTransformer, Codecs, dict]:
-    """(model and codecs, in fp32 on the CPU, ready for sampling; extra). Raises CheckpointError.
-
-    make_codecs(cfg) -> Codecs: data.codecs.make_codecs, or a fork's.
-    """
-    content = load_file(path)
-    try:
-        cfg = Config(**content["config"])
-        model, codecs = AudioVideoTransformer(cfg), make_codecs(cfg)
-        for name, module in (("model", model), ("codecs", codecs)):
-            module.load_state_dict(content[name])
-            module.eval().requires_grad_(False)
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
-        reason = str(error).split("\n\t")[-1]
-        raise CheckpointError(f"{path}: does not fit this model or its codecs: {reason}") from error
-    return model, codecs, content["extra"]

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import mutual_forcing as mf
 from data import runs
+from data.checkpoint import CheckpointError, load_checkpoint, makes_films
 from data.codecs import make_codecs
 from data.pictures import read_picture
 from data.writer import FilmWriter, delayed_interrupt
@@ -26,9 +27,9 @@ SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
 def load_talker(path: Path, make_codecs) -> tuple[mf.AudioVideoTransformer, mf.Codecs]:
     """A checkpoint that can stream a film. Raises CheckpointError for any other."""
-    model, codecs, extra = mf.load_checkpoint(path, make_codecs)
-    if extra.get("stage") in ("codec", "unimodal") or extra.get("whole"):
-        raise mf.CheckpointError(f"{path}: before stage 2, or bidirectional; it cannot stream")
+    model, codecs, extra = load_checkpoint(path, make_codecs)
+    if not makes_films(extra):
+        raise CheckpointError(f"{path}: before stage 2, or bidirectional; it cannot stream")
     return model, codecs
 
 

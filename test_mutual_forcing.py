@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import mutual_forcing as mf
 import sample
 import train
+from data import checkpoint
 from data.codecs import AudioCodec, VideoCodec
 from mutual_forcing import AudioVideoTransformer, Codecs, Config, Controls
 
@@ -114,11 +115,10 @@ def test_analytic_velocity_returns_the_data(steps):
     model, (data, _, controls) = lively(), some_clip(chunks=3)
     chunks, times = data.split(TINY.chunk, 1), mf.time_grid(TINY, steps)
 
-    def step(x_t, t, d, text, character, cache, commit=False):
+    def step(x_t, t, d, given, cache, commit=False):
         x = chunks[cache.count]
-        if commit:
-            assert (x_t - x).abs().max() < 1e-4  # the finished chunk
-            cache.count += 1
+        cache.count += int(commit)
+        assert not commit or (x_t - x).abs().max() < 1e-4  # the finished chunk
         return (x - x_t) / (1 - t)
 
     with mock.patch.object(model, "step", step):
@@ -134,7 +134,7 @@ def test_analytic_velocity_returns_the_data(steps):
 
 
 def test_equal_instants_have_equal_phase_in_both_branches_and_turns_are_whole():
-    period = TINY.clock_ticks // TINY.tokens
+    period = TINY.clock * TINY.fps // TINY.step_frames
     cos, sin = mf.rotary_phases(TINY, torch.arange(period + 1))
     for table in (cos, sin):
         time, place = table.chunk(2, -1)
@@ -156,10 +156,9 @@ def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
     whole, cache = model(**given), model.start(controls)
     for i, own in enumerate(controls.chunks(TINY)):
         chunk = slice(i * TINY.chunk, (i + 1) * TINY.chunk)
-        text = model.embed_text(own.symbols), own.character
-        piece = model.step(x[:, chunk], t[:, chunk][:, :1], d[:, chunk][:, :1], *text, cache)
+        piece = model.step(x[:, chunk], t[:, chunk][:, :1], d[:, chunk][:, :1], own, cache)
         assert (piece - whole[:, chunk]).abs().max() < 1e-4 * whole.std()
-        model.step(history[:, chunk], ONE, 0 * ONE, *text, cache, commit=True)
+        model.step(history[:, chunk], ONE, 0 * ONE, own, cache, commit=True)
     assert cache.count == 7
 
 
@@ -248,22 +247,23 @@ def test_each_control_matters_and_can_be_dropped_or_amplified(control):
 
 def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
     model, (x, _, controls) = lively(), some_clip(chunks=12)
-    cache, kept, size = model.start(controls), [], TINY.chunk
-    storage = cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape
-    for chunk, own in zip(x.split(size, 1), controls.chunks(TINY)):
-        given = (model.embed_text(own.symbols), own.character, cache)
-        kept.append(torch.stack([cache.k, cache.v])[:, :, :, :, size:])
+    cache, states = model.start(controls), []
+    for i, (chunk, own) in enumerate(zip(x.split(TINY.chunk, 1), controls.chunks(TINY))):
+        states.append([torch.stack(pair) for pair in cache.kept[-1]])
         for d in (0, 0.5):
-            model.step(chunk, 0.3 * ONE, d * ONE, *given)
-        assert torch.equal(torch.stack([cache.k, cache.v])[:, :, :, :, size:], kept[-1])
-        model.step(chunk, ONE, 0 * ONE, *given, commit=True)
-    assert (cache.k.data_ptr(), cache.v.data_ptr(), cache.k.shape) == storage
-    reference, sink, newest, rest = kept[1].split([1, size, size, (TINY.window - 1) * size], 4)
+            model.step(chunk, 0.3 * ONE, d * ONE, own, cache)
+        for pair, before in zip(cache.kept[-1], states[-1], strict=True):
+            assert torch.equal(torch.stack(pair), before)
+        model.step(chunk, ONE, 0 * ONE, own, cache, commit=True)
+        frames = [
+            k.shape[2] for k, _ in cache.kept[-1]
+        ]  # of the reference, the sink, and the window
+        assert frames == [1] + [TINY.chunk] * (1 + min(i + 1, TINY.window))
+    reference, sink, newest = states[1]
     timeless = newest[0].unflatten(-1, (2, 2, -1)) * torch.tensor([[0.0], [1.0]])  # time, place
     assert torch.equal(sink[0], timeless.flatten(-3)) and torch.equal(sink[1], newest[1])
-    assert reference.abs().max() > 0 and not rest.any()
-    for state in kept[1:]:
-        assert torch.equal(state[:, :, :, :, : 1 + size], torch.cat([reference, sink], 4))
+    for state in states[1:]:
+        assert torch.equal(state[0], reference) and torch.equal(state[1], sink)
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -273,11 +273,10 @@ def test_a_chunk_is_denoised_in_its_mode_and_committed_at_t_1_and_d_0(few):
         films = list(mf.generate(model, some_clip(chunks=3)[2].chunks(TINY), grid, few=few))
     x, t, d = (torch.stack([call.args[i] for call in step.call_args_list]) for i in range(3))
     sizes = torch.cat([few * grid.diff(dim=0), 0 * grid[:1]])
-    for given, expected in ((t, grid), (d, sizes)):  # all but the commit of the last chunk
-        assert torch.equal(given, expected.repeat(3, 1, 1, 1)[:-1])
-    assert torch.equal(x, torch.stack([state for states in films for state in states])[:-1])
+    assert torch.equal(t, grid.repeat(3, 1, 1, 1)) and torch.equal(d, sizes.repeat(3, 1, 1, 1))
+    assert torch.equal(x, torch.stack([state for states in films for state in states]))
     commits = [call.kwargs.get("commit", False) for call in step.call_args_list]
-    assert commits == (3 * [False, False, True])[:-1]
+    assert commits == 3 * [False, False, True]
 
 
 class StandIn(nn.Module):
@@ -358,10 +357,9 @@ def test_stream_refuses_what_it_cannot_do():
     options += [("seconds", math.nan), ("guidance", math.nan), ("character", 9)]
     options += [("mode", "both"), ("character", "nobody"), ("transcript", [99])]
     options += [("first_frame", np.zeros((16, 16, 3))), ("first_frame", np.uint8([[[0] * 3]]))]
-    options += [("codecs", small_codecs(replace(TINY, video_dim=64)))]
     for name, value in options:
         with pytest.raises(mf.UserError):
-            next(mf.stream(model, **{"codecs": CODECS, "seconds": 1} | {name: value}))
+            next(mf.stream(model, CODECS, **{"seconds": 1} | {name: value}))
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(mf.UserError, match="autocast"):
         next(mf.stream(model, CODECS, seconds=1))
 
@@ -406,7 +404,7 @@ def stage3(b=3, chunks=6, frozen=(), **options):
 def test_each_objective_reaches_the_weights_of_both_branches(term, history, bf16):
     args = SimpleNamespace(device=ONE.device, precision="bf16" if bf16 else "fp32")
     with train.autocast(args):
-        losses, logs, nets = stage3(history=history)
+        losses, logs, nets = stage3(self_made=history == "few")
     losses[term].backward()
     net = nets.pop("fake" if term == "fake" else "model")
     for weight in (net.place, net.blocks[0].qkv.weight, net.blocks[-1].down.weight):
@@ -443,7 +441,7 @@ def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
     options = {"weights": {"flow": 1, "dmd": 0}, "extra": {"mine": (2.0, mine)}}
     losses, logs, _ = stage3(**options, real=None, fake=None)
     assert list(losses) == ["flow", "mine"] and losses["mine"] == 6 and logs["mine"] == 3
-    wrong = [({"chunks": 1}, "two chunks"), ({"history": "both"}, "history")]
+    wrong = [({"chunks": 1}, "two chunks")]
     wrong += [({"weights": {"flwo": 1}}, "weights"), ({"extra": {"fake": (1, mine)}}, "names")]
     for options, message in wrong:
         with pytest.raises(mf.UserError, match=message):
@@ -457,7 +455,7 @@ def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
         films = mf.generate(model, controls.chunks(TINY), times, guidance=3.0)
         states, generated = [torch.cat(parts, 1) for parts in zip(*films)], torch.ones(14).bool()
     else:
-        states, generated = mf.rollout(model, x, controls, times, history)
+        states, generated = mf.rollout(model, x, controls, times, history == "few")
     given = {"controls": controls, "history": x if history == "real" else states[-1]}
     given["guidance"] = 3.0 if history == "guided" else 1.0
     out = states[0]
@@ -531,9 +529,9 @@ def dmd_gradient(mean_real, mean_fake, times, generated=None):
     net = analytic(lambda z, t, d: torch.where(IS_VIDEO, *offset).expand_as(z))
     real = analytic(lambda z, t, d: gaussian(z, t, mean_real))
     fake = analytic(lambda z, t, d: gaussian(z, t, mean_fake))
-    options = {"real": real, "fake": fake, "times": times}
+    options = {"real": real, "fake": fake, "times": times, "bidirectional": False}
     options["generated"] = torch.ones(12).bool() if generated is None else generated
-    loss, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, **options)
+    loss, _, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, **options)
     loss.backward()
     return offset.grad
 
@@ -559,8 +557,8 @@ def test_dmd_gradient_has_the_right_sign_size_and_a_zero():
 def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
     model, codecs, path = lively(), small_codecs(TINY), tmp_path / "a.pt"
     codecs.video.mean += 0.5
-    mf.save_checkpoint(path, model, codecs, {"step": 3})
-    *loaded, extra = mf.load_checkpoint(path, small_codecs)
+    checkpoint.save_checkpoint(path, model, codecs, {"step": 3})
+    *loaded, extra = checkpoint.load_checkpoint(path, small_codecs)
     assert extra == {"step": 3} and loaded[0].cfg == TINY
     for new, old in zip(loaded, (model, codecs)):
         assert not any(weight.requires_grad for weight in new.parameters())
@@ -569,12 +567,12 @@ def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
     before = path.read_bytes()
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(Path, "write_bytes", lambda part, data: part.write_text("half") / 0)
-        mf.save_checkpoint(path, model, codecs)
+        checkpoint.save_checkpoint(path, model, codecs)
     for name, value in (("video.std", codecs.video.std), ("no_reference", model.no_reference)):
         value.data.view(-1)[0] = 1e9  # infinite in half precision
         for file in (path, tmp_path / "new.pt"):
-            with pytest.raises(mf.CheckpointError, match=name):
-                mf.save_checkpoint(file, model, codecs)
+            with pytest.raises(checkpoint.CheckpointError, match=name):
+                checkpoint.save_checkpoint(file, model, codecs)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
@@ -584,8 +582,8 @@ def other_codecs(cfg):
 
 def test_bad_checkpoints_end_in_a_line_that_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    mf.save_checkpoint("good.pt", lively(), CODECS)
-    content, data = mf.load_file("good.pt"), Path("good.pt").read_bytes()
+    checkpoint.save_checkpoint("good.pt", lively(), CODECS)
+    content, data = checkpoint.load_file("good.pt"), Path("good.pt").read_bytes()
     config, weights, fewer = content["config"], content["model"], dict(content["codecs"])
     del fewer["video.mean"]
     for message, change in {
@@ -598,18 +596,18 @@ def test_bad_checkpoints_end_in_a_line_that_says_why(tmp_path, monkeypatch):
         "not a checkpoint of this version": {"format": "other"},
         "not a checkpoint": {"config": tmp_path},  # of a class  BUG: UnpicklingError
     }.items():
-        with mock.patch.object(mf, "FORMAT", change.get("format", mf.FORMAT)):
-            mf.save_file("bad.pt", content | change)
-        with pytest.raises(mf.CheckpointError, match=f"^bad.pt: .*{message}[^\n]*$"):
-            mf.load_checkpoint("bad.pt", small_codecs)
+        with mock.patch.object(checkpoint, "FORMAT", change.get("format", checkpoint.FORMAT)):
+            checkpoint.save_file("bad.pt", content | change)
+        with pytest.raises(checkpoint.CheckpointError, match=f"^bad.pt: .*{message}[^\n]*$"):
+            checkpoint.load_checkpoint("bad.pt", small_codecs)
     for damaged in (b"", b"hello" * 100, data[:-1], data[:999] + b"\0" + data[1000:]):
         Path("bad.pt").write_bytes(damaged)
-        with pytest.raises(mf.CheckpointError, match="damaged"):
-            mf.load_checkpoint("bad.pt", small_codecs)
-    with pytest.raises(mf.CheckpointError, match="No such file"):
-        mf.load_checkpoint("missing.pt", small_codecs)
-    with pytest.raises(mf.CheckpointError, match=r"codecs: size mismatch for video[^\n]*$"):
-        mf.load_checkpoint("good.pt", other_codecs)
+        with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+            checkpoint.load_checkpoint("bad.pt", small_codecs)
+    with pytest.raises(checkpoint.CheckpointError, match="No such file"):
+        checkpoint.load_checkpoint("missing.pt", small_codecs)
+    with pytest.raises(checkpoint.CheckpointError, match=r"codecs: size mismatch for video[^\n]*$"):
+        checkpoint.load_checkpoint("good.pt", other_codecs)
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
@@ -635,8 +633,7 @@ def small(tmp_path_factory) -> Path:
     return folder / "joint.pt"
 
 
-# BUG: `command` is among the settings, so --resume is refused; and it goes on with codecs rounded to
-# half precision, also where the run began with others: all stages but "codec" end differently.
+# BUG: --resume goes on with codecs rounded to half precision, also where the run made its own.
 @pytest.mark.parametrize("stage", list(train.STAGES))
 def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypatch):
     words, step = f"--stage {stage} --steps 4 --from-scratch", train.train_step
@@ -654,7 +651,9 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
         run_train(tmp_path / "parts", words)
     monkeypatch.setattr(train, "train_step", step)
     assert run_train(tmp_path / "parts", f"{words} --resume") == 0
-    whole, parts = (mf.load_file(tmp_path / name / "resume.pt") for name in ("whole", "parts"))
+    whole, parts = (
+        checkpoint.load_file(tmp_path / name / "resume.pt") for name in ("whole", "parts")
+    )
     for one, other in zip(tree_leaves(whole), tree_leaves(parts), strict=True):
         assert not torch.is_tensor(one) or torch.equal(one, other)  # of all nets and optimizers
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
@@ -663,7 +662,9 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
 
 def test_all_stages_run_in_turn_and_each_trains_what_it_says(tmp_path):
     assert run_train(tmp_path, "--steps 2") == 0
-    nets = [mf.load_checkpoint(tmp_path / f"{name}.pt", small_codecs) for name in train.STAGES]
+    nets = [
+        checkpoint.load_checkpoint(tmp_path / f"{name}.pt", small_codecs) for name in train.STAGES
+    ]
     models, codecs, extras = zip(*nets)
     assert [extra["stage"] for extra in extras] == list(train.STAGES)
     for later in codecs[1:]:  # stage 0 alone trains the codec
@@ -679,15 +680,16 @@ def test_all_stages_run_in_turn_and_each_trains_what_it_says(tmp_path):
 
 def test_sample_refuses_mistakes_in_one_line_and_keeps_an_old_film(small, tmp_path, capsys):
     old, good = tmp_path / "film.wav", f"--checkpoint {small} --out {tmp_path}/film.wav"
-    old.write_bytes(b"old")
+    old.write_text("old")
     wrong = "--seconds 0,--steps 0,--guidance -1,--character nobody,--say 123,--device tpu"
     wrong += f",--first-frame {small},--checkpoint {old},--out a.txt,--out {tmp_path}/no/film.wav"
     for words in wrong.split(","):
         assert run_sample(f"{good} {words}") == 2
         (line,) = capsys.readouterr().err.splitlines()
         option, value = words.split()
-        assert line.startswith("sample.py: ") and (option[2:] in line or value in line), line
-        assert old.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+        names = option[2:], value, f"{Path(value).parent}: "
+        assert line.startswith("sample.py: ") and any(name in line for name in names), line
+        assert old.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_bug_gives_a_traceback(small, tmp_path):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import mutual_forcing as mf
-from data import runs
+from data import checkpoint, runs
 from data.batches import Batches, film_batch, frames_of
 from data.clips import drawer, fingerprint, load_clips
 from data.codecs import make_codecs
@@ -46,7 +46,7 @@ STAGES = {
     "joint": Plan(22000),  # stage 2
     "mutual": Plan(1000, 2e-4, (3.0,), 12, ema=0.99),  # stage 3
 }
-SNAPSHOT_MINUTES = 30  # a checkpoint is kept each time that so many minutes of training are over
+SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
 NO_TRANSCRIPT = 0.6  # share of films without transcript: the few-step mode has to learn most there
 LOG_EVERY = 20  # steps
 FAKE_RATE = 5  # times lr, for the fake score, which has to keep up with the few-step mode
@@ -104,9 +104,10 @@ def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict
     """The losses of a training step by term, and values to log."""
     if state.stage == "mutual":
         nets = {"teacher": state.ema, "real": state.real, "fake": state.fake}
-        steps = 8 if state.step % 4 == 3 else 4  # our choice: every fourth rollout is of 8 steps
-        options = {"weights": args.weights, "history": args.history, "guidance": args.guidance}
-        options |= {"score_chunk": x.shape[1] if args.real_is_whole else None, "extra": args.extra}
+        # A rollout has 4 or 8 steps at random, the same in all processes.
+        steps = int(np.random.default_rng([args.seed, state.step]).choice([4, 8]))
+        options = {"weights": args.weights, "extra": args.extra, "guidance": args.guidance}
+        options |= {"self_made": args.history == "few", "bidirectional": args.real_is_whole}
         return mf.mutual_forcing_loss(state.model, x, controls, steps=steps, **nets, **options)
     history, chunk = (None, x.shape[1]) if args.whole else (x, None)
     options = {"chunk": chunk, "coupled": state.stage != "unimodal"}
@@ -187,9 +188,9 @@ def train_stage(state: State, args) -> None:
                 entry = {name: round(value, 5) for name, value in logs.items()}
                 with open(args.out / "log.jsonl", "a") as log:
                     print(json.dumps({"stage": state.stage, "step": state.step} | entry), file=log)
-            before = sum(args.minutes.values()) // SNAPSHOT_MINUTES
+            before = sum(args.minutes.values())
             args.minutes[state.stage] = args.minutes.get(state.stage, 0) + logs["seconds"] / 60
-            is_due = sum(args.minutes.values()) // SNAPSHOT_MINUTES > before
+            is_due = before // SNAPSHOT < sum(args.minutes.values()) // SNAPSHOT
             is_due = runs.any_process(is_due, args.device)
             stop = runs.any_process(interrupted, args.device)
             if stop or is_due or state.step % args.save == 0 or state.step == steps:
@@ -214,18 +215,17 @@ def save(state: State, args, is_due: bool = False) -> None:
             model = ema
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
         extra |= {"command": args.command, "commit": args.commit, "minutes": args.minutes}
-        mf.save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
+        checkpoint.save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
         if is_due:
             name = f"after-{sum(args.minutes.values()):03.0f}-minutes.pt"
-            mf.save_checkpoint(args.out / name, model, codecs, extra)
+            checkpoint.save_checkpoint(args.out / name, model, codecs, extra)
         log_size = (args.out / "log.jsonl").stat().st_size
         content |= {"settings": args.settings, "log_size": log_size, "minutes": args.minutes}
-        content |= {"command": args.command, "commit": args.commit}
-        mf.save_file(args.out / "resume.pt", content)
+        checkpoint.save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole:  # else it cannot stream
             film = mf.stream(model.to(args.device), codecs, seconds=6)
             picture = iio.imwrite("<bytes>", film_strip(list(film), state.cfg), extension=".png")
-            mf.replace_file(args.out / f"{state.stage}.png", picture)
+            checkpoint.replace_file(args.out / f"{state.stage}.png", picture)
     runs.any_process(False, args.device)  # the others wait until the first has written
 
 
@@ -276,27 +276,27 @@ def run(args, make_codecs) -> None:
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     torch.manual_seed(args.seed % 2**63)
     if content:
-        model, codecs, _ = mf.load_checkpoint(args.out / f"{content['stage']}.pt", make_codecs)
+        model, codecs, _ = checkpoint.load_checkpoint(
+            args.out / f"{content['stage']}.pt", make_codecs
+        )
     elif args.init:
-        model, codecs, extra = mf.load_checkpoint(args.init, make_codecs)
+        model, codecs, extra = checkpoint.load_checkpoint(args.init, make_codecs)
         if args.config:
             raise UserError("--config: the sizes are those of --init")
-        if stages == ["mutual"] and (
-            extra.get("stage") in ("codec", "unimodal") or extra.get("whole")
-        ):
+        if stages == ["mutual"] and not checkpoint.makes_films(extra):
             raise UserError(f"{args.init}: is no end of stage 2")
     else:
-        cfg = read_config(args.config)
-        model, codecs = AudioVideoTransformer(cfg), make_codecs(cfg)
+        model = AudioVideoTransformer(read_config(args.config))
+        codecs = make_codecs(model.cfg)
     cfg = model.cfg
     if args.stage == "all" and not hasattr(codecs.video, "loss"):
         stages.remove("codec")  # this codec is not trained
     check(args, cfg, stages)
     args.real, args.real_is_whole, args.clips = None, False, None
     if args.teacher:
-        args.real, _, extra = mf.load_checkpoint(args.teacher, make_codecs)
+        args.real, _, extra = checkpoint.load_checkpoint(args.teacher, make_codecs)
         args.real_is_whole = bool(extra.get("whole"))
-        if not cfg.same_format(args.real.cfg):
+        if not checkpoint.same_format(cfg, args.real.cfg):
             raise UserError(f"{args.teacher}: makes films of another format than the model")
     if args.data:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
@@ -311,10 +311,7 @@ def run(args, make_codecs) -> None:
         if changed:
             raise UserError(f"--resume: this run was started with other {', '.join(changed)}")
         stages = stages[stages.index(content["stage"]) :]
-    again = content or {"minutes": {}, "command": args.command, "commit": runs.commit()}
-    args.minutes, args.command, args.commit = (
-        again[name] for name in ("minutes", "command", "commit")
-    )
+    args.minutes, args.commit = content["minutes"] if content else {}, runs.commit()
     size = sum(x.numel() for x in model.parameters())
     state = State(model, codecs, stages[0], args)
     if content:
@@ -325,7 +322,9 @@ def run(args, make_codecs) -> None:
     for stage in stages:
         if stage != stages[0]:
             # The next stage starts from the EMA weights, as saved.
-            model, codecs, _ = mf.load_checkpoint(args.out / f"{state.stage}.pt", make_codecs)
+            model, codecs, _ = checkpoint.load_checkpoint(
+                args.out / f"{state.stage}.pt", make_codecs
+            )
             state = State(model, codecs, stage, args)
         train_stage(state, args)
     if runs.process()[0] == 0:
@@ -373,7 +372,8 @@ def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
         args = build_parser().parse_args([*sizes.split(), *TINY.split(), *words])
     args.init, args.teacher = (path and path.resolve() for path in (args.init, args.teacher))
     args.settings = {name: str(x) for name, x in vars(args).items() if name not in FREE}
-    args.command = shlex.join(["python", "train.py", *words])
+    kept = [word for word in words if word not in ("--resume", "--overwrite")]
+    args.command = shlex.join(["python", "train.py", *kept])
     args.weights, args.extra = {term: getattr(args, term) for term in mf.WEIGHTS}, extra
     try:
         args.device = runs.start_processes(runs.find_device(args.device))

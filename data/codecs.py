@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutual_forcing import Codecs, Config, Controls, UserError, check_latents, join
+from mutual_forcing import Codecs, Config, Controls, UserError, join
 
 
 class Film(NamedTuple):
@@ -208,10 +208,14 @@ def encode_films(cfg: Config, codecs: Codecs, films: Film) -> tuple[Tensor, Cont
     """Stacked films -> latents (B, S, E) and their controls, none of them dropped; on the films'
     device."""
     still = films.frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1)
+    first_frame, expected = codecs.video.encode(still), (cfg.tokens, cfg.video_dim)
+    if first_frame.shape[2:] != expected:
+        sizes = tuple(first_frame.shape[2:])
+        raise UserError(f"the codec makes latents of {sizes}, the model has {expected}: see Codecs")
     controls = Controls(
         symbols=films.symbols,
         character=films.character,
-        first_frame=check_latents(cfg, codecs.video.encode(still)),
+        first_frame=first_frame,
         has_first_frame=torch.ones_like(films.character).bool(),
     )
     return join(codecs.video.encode(films.frames), codecs.audio.encode(films.samples)), controls

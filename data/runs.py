@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from mutual_forcing import UserError, load_file
+from data.checkpoint import load_file
+from mutual_forcing import UserError
 
 
 def find_device(name: str | None) -> torch.device:
@@ -70,7 +71,7 @@ def shard(net: torch.nn.Module, device: torch.device) -> None:
     for block in getattr(net, "blocks", []):
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
-    for method in ("start", "step", "embed_text", "loss"):
+    for method in ("start", "step", "loss"):
         if hasattr(net, method):
             register_fsdp_forward_method(net, method)
 

@@ -26,6 +26,7 @@ from torch import nn
 import mutual_forcing as mf
 import sample
 import train
+from data import checkpoint
 from data.batches import Batches, film_batch
 from data.clips import drawer, fingerprint, load_clips, read_subtitles
 from data.codecs import AudioCodec, VideoCodec, encode_films, stack
@@ -202,13 +203,13 @@ torch.set_num_threads(1)
 import train
 from data.test_data import small_codecs
 save = train.save
-def kept(state, args):
-    save(state, args)
+def kept(state, args, *rest):
+    save(state, args, *rest)
     weights = state.model.state_dict()
     weights = {n: getattr(w, "full_tensor", lambda w=w: w)() for n, w in weights.items()}
     torch.save(weights, args.out / f"weights{train.runs.process()[0]}")
 train.save = kept
-sys.exit(train.main(sys.argv[1:], small_codecs))
+sys.exit(train.main(sys.argv[1:], lambda cfg: small_codecs(cfg).float()))
 """
 
 
@@ -238,7 +239,7 @@ def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
         args.real = args.extra = None
         torch.manual_seed(0)
         model = AudioVideoTransformer(train.read_config(args.config))
-        codecs = small_codecs(model.cfg)
+        codecs = small_codecs(model.cfg).float()
         state = train.State(model, codecs, "mutual", args)
         for step in range(2):
             for rank in range(2):
@@ -256,10 +257,10 @@ def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
         assert (weight - one[name]).abs().max() < 1e-6
     # A run goes on in another number of processes.
     resume = tmp_path / "two" / "resume.pt"
-    content = mf.load_file(resume) | {"stage": "mutual", "step": 1}
-    mf.save_file(resume, content)
+    content = checkpoint.load_file(resume) | {"stage": "mutual", "step": 1}
+    checkpoint.save_file(resume, content)
     run_processes(tmp_path / "child.py", 1, words + " --resume", tmp_path / "two")
-    assert mf.load_file(tmp_path / "two" / "mutual.pt")["extra"]["step"] == 2
+    assert checkpoint.load_file(tmp_path / "two" / "mutual.pt")["extra"]["step"] == 2
 
 
 def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_path, capsys):
@@ -276,7 +277,7 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
         ("--config widht=3", "widht"),
         ("--config width=4.5", "Config.width"),
         ("--seconds 0.1", "--seconds"),
-        ("--stage joint --batch 0", "--batch"),
+        ("--stage codec --batch 0", "--batch"),
         ("--init nowhere.pt", "nowhere.pt"),
         ("--data nowhere", "nowhere"),
         ("--device tpu", "tpu"),
@@ -286,7 +287,7 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
         lines = capsys.readouterr().err.splitlines()
         assert said in lines[-1] and "Traceback" not in "".join(lines), (words, lines)
     assert run_train(small.parent, "--stage joint --steps 2 --overwrite") == 0
-    new, old = mf.load_file(small), torch.load(io.BytesIO(before[:-32]))
+    new, old = checkpoint.load_file(small), torch.load(io.BytesIO(before[:-32]))
     for name in ("model", "codecs"):  # the same run, anew
         for key, weight in new[name].items():
             assert torch.equal(weight, old[name][key])
@@ -318,7 +319,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path, m
     monkeypatch.setattr(train, "losses_of", bad)
     assert run_train(tmp_path, "--stage joint --steps 4") == 2
     assert str(tmp_path / "joint.pt") in capsys.readouterr().err
-    model, _, extra = mf.load_checkpoint(tmp_path / "joint.pt", small_codecs)
+    model, _, extra = checkpoint.load_checkpoint(tmp_path / "joint.pt", small_codecs)
     assert extra["step"] == 2 and all(weight.isfinite().all() for weight in model.parameters())
 
 
@@ -333,7 +334,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(train, "train_step", interrupted)
     assert run_train(tmp_path, "--stage unimodal --steps 3") == 130
     assert "--resume" in capsys.readouterr().err
-    assert mf.load_file(tmp_path / "resume.pt")["step"] == 1
+    assert checkpoint.load_file(tmp_path / "resume.pt")["step"] == 1
     assert run_train(tmp_path, "--stage unimodal --steps 3 --resume") == 0
 
 
@@ -350,16 +351,16 @@ def test_fuzz_checkpoints(seed, small, tmp_path):
             data[at] ^= 1 << rng.integers(8)
         path.write_bytes(data[: rng.choice([len(data), rng.integers(len(data))])])
     else:  # another value in the place of one
-        content = mf.load_file(small)
+        content = checkpoint.load_file(small)
         tree = (content, content["config"], content["model"])[seed % 4 - 1]
         odd = [0, -1, 10**9, 1e308, math.nan, "9", None, [1], 2.5, {}]
         if seed % 4 == 3:
             odd += [torch.zeros(1).expand(2**50), tree["no_reference"].to(torch.int8)]
         tree[str(rng.choice([*tree, "more"]))] = odd[rng.integers(len(odd))]
-        mf.save_file(path, content)
+        checkpoint.save_file(path, content)
     try:
-        mf.load_checkpoint(path, small_codecs)
-    except mf.CheckpointError as error:
+        checkpoint.load_checkpoint(path, small_codecs)
+    except checkpoint.CheckpointError as error:
         assert "\n" not in str(error)
     else:
         assert seed % 4

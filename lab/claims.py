@@ -24,6 +24,7 @@ import mutual_forcing as mf
 import train
 from data import runs
 from data.batches import Batches, film_batch
+from data.checkpoint import load_checkpoint, replace_file
 from data.codecs import make_codecs
 from data.talker import talk
 from lab.evaluate import evaluate, markdown
@@ -107,7 +108,7 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     parsed = train.build_parser().parse_args(options.split())
     checkpoint = folder / f"{parsed.stage}.pt"
     steps = train.plan_of(parsed, parsed.stage).steps
-    if checkpoint.exists() and mf.load_checkpoint(checkpoint, make_codecs)[2]["step"] >= steps:
+    if checkpoint.exists() and load_checkpoint(checkpoint, make_codecs)[2]["step"] >= steps:
         return checkpoint
     needs = ARMS[name].needs and train_arm(ARMS[name].needs, seed, args, make_codecs)
     paths = {"init": args.init, "codec": args.init.with_name("codec.pt"), "needs": needs}
@@ -184,7 +185,7 @@ def score_arm(job: dict, args, results: dict, make_codecs) -> None:
         arm["alike"][seed] = likeness(model, codecs)
         if seed == "0":
             strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
-            mf.replace_file(args.out / f"{name}.png", strip)
+            replace_file(args.out / f"{name}.png", strip)
     films = {"seconds": job["seconds"], "talkers": job["talkers"]}
     how = {"settings": {job["mode"]: job["steps"]}, "guidance": job["guidance"]}
     for row in evaluate({name: (model, codecs)}, **how, **films)["rows"]:
@@ -230,8 +231,8 @@ def store(results: dict, path: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise UserError(f"{page}: its tables go between {BEGIN} and {END}, which it lacks")
-    mf.replace_file(path, json.dumps(results, indent=0).encode())
-    mf.replace_file(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{after}".encode())
+    replace_file(path, json.dumps(results, indent=0).encode())
+    replace_file(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{after}".encode())
 
 
 def mean(values) -> str:
@@ -309,7 +310,7 @@ def run(args, make_codecs) -> None:
         raise UserError("needs --init; --seeds from 1, --talkers from 2, --seconds from 5")
     args.device, args.checksums = runs.find_device(args.device), checksums(args.init)
     args.init, args.out = args.init.resolve(), args.out.resolve()
-    _, _, extra = mf.load_checkpoint(args.init, make_codecs)
+    _, _, extra = load_checkpoint(args.init, make_codecs)
     if extra.get("stage") != "joint" or extra.get("whole"):
         raise UserError(f"{args.init}: not the end of stage 2")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -323,7 +324,7 @@ def run(args, make_codecs) -> None:
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
         picture = iio.imwrite("<bytes>", np.concatenate(pictures), extension=".png")
-        mf.replace_file(args.out / "arms.png", picture)
+        replace_file(args.out / "arms.png", picture)
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 import mutual_forcing as mf
 from data import runs
 from data.batches import frames_of
+from data.checkpoint import same_format
 from data.clips import drawer, load_clips
 from data.codecs import Film, encode_films, make_codecs, stack
 from data.talker import talk
@@ -96,7 +97,7 @@ def evaluate(
     """
     cfg = next(iter(models.values()))[0].cfg
     for name, (model, _) in models.items():
-        if not cfg.same_format(model.cfg):
+        if not same_format(cfg, model.cfg):
             raise UserError(f"{name}: makes films of another format than the first checkpoint")
     ruler, draw, rows = Ruler(cfg), drawer(clips, "joint"), []
     originals = held_out(cfg, talkers, seconds, 0, draw)
