@@ -262,8 +262,8 @@ def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
     reference, sink, newest = states[1]
     timeless = newest[0].unflatten(-1, (2, 2, -1)) * torch.tensor([[0.0], [1.0]])  # time, place
     assert torch.equal(sink[0], timeless.flatten(-3)) and torch.equal(sink[1], newest[1])
-    for state in states[1:]:
-        assert torch.equal(state[0], reference) and torch.equal(state[1], sink)
+    for first, second, *_ in states[1:]:
+        assert torch.equal(first, reference) and torch.equal(second, sink)
 
 
 @pytest.mark.parametrize("few", [True, False])
@@ -441,11 +441,9 @@ def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
     options = {"weights": {"flow": 1, "dmd": 0}, "extra": {"mine": (2.0, mine)}}
     losses, logs, _ = stage3(**options, real=None, fake=None)
     assert list(losses) == ["flow", "mine"] and losses["mine"] == 6 and logs["mine"] == 3
-    wrong = [({"chunks": 1}, "two chunks")]
-    wrong += [({"weights": {"flwo": 1}}, "weights"), ({"extra": {"fake": (1, mine)}}, "names")]
-    for options, message in wrong:
-        with pytest.raises(mf.UserError, match=message):
-            stage3(**options)
+    for wrong in ({"chunks": 1}, {"weights": {"flwo": 1}}, {"extra": {"fake": (1, mine)}}):
+        with pytest.raises(mf.UserError):
+            stage3(**wrong)
 
 
 @pytest.mark.parametrize("history", ["few", "real", "guided"])
