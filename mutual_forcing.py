@@ -79,7 +79,7 @@ class Config:
     step_frames: int = 2  # frames of one latent frame
     sample_rate: int = 8000  # samples per second
     tokens: int = 4  # N, of each branch: a square of the picture, or a hop of sound
-    video_dim: int = 128  # values of a video token
+    video_dim: int = 256  # values of a video token
     audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
     window: int = 1  # chunks of history that a chunk sees, beside the reference and the sink

@@ -41,9 +41,9 @@ class Plan(NamedTuple):
 
 
 STAGES = {
-    "codec": Plan(20000, 2e-3, (0.125,)),  # stage 0: the video codec, on single latent frames
+    "codec": Plan(40000, 2e-3, (1 / 16,)),  # stage 0: the video codec, on single frames
     "unimodal": Plan(2500),  # stage 1: both branches, each alone
-    "joint": Plan(22000),  # stage 2
+    "joint": Plan(24000),  # stage 2
     "mutual": Plan(1000, 2e-4, (3.0,), 12, ema=0.99),  # stage 3
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
@@ -62,11 +62,12 @@ class State:
     def __init__(self, model: AudioVideoTransformer, codecs, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
         self.seed = [args.seed, list(STAGES).index(stage), runs.process()[0]]
-        self.whole_model, self.cfg = model, model.cfg
+        self.transformer, self.cfg = model, model.cfg
         self.codecs = codecs.eval().requires_grad_(False).to(args.device)
         self.model = codecs.video if stage == "codec" else model  # what this stage trains
         self.model.train().requires_grad_(True)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.whole = copy.deepcopy(self.ema)  # in one process: for checkpoints
         self.nets, self.rates = {"model": self.model, "ema": self.ema}, {"model": self.plan.lr}
         teacher = args.real if stage == "mutual" else None
         self.real, self.fake = teacher or self.ema, None
@@ -206,13 +207,10 @@ def save(state: State, args, is_due: bool = False) -> None:
     """
     content = state.content()
     if runs.process()[0] == 0:
-        ema = copy.deepcopy(state.model)
-        ema.load_state_dict(content["ema"][0])
-        model, codecs = state.whole_model, mf.Codecs(state.codecs.video, state.codecs.audio)
+        state.whole.load_state_dict(content["ema"][0])
+        model, codecs = state.whole, state.codecs
         if state.stage == "codec":
-            codecs.video = ema
-        else:
-            model = ema
+            model, codecs = state.transformer, mf.Codecs(state.whole, state.codecs.audio)
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
         extra |= {"command": args.command, "commit": args.commit, "minutes": args.minutes}
         checkpoint.save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
@@ -261,12 +259,13 @@ def check(args, cfg: Config, stages: list[str]) -> None:
 
 def read_config(pairs: list[str]) -> Config:
     """FIELD=N words -> the sizes of a new model. Raises UserError."""
-    sizes, names = {}, [field.name for field in dataclasses.fields(Config)]
+    sizes, kinds = {}, {field.name: type(field.default) for field in dataclasses.fields(Config)}
     for pair in pairs:
         name, _, value = pair.partition("=")
-        if name not in names or not value.replace(".", "", 1).isdigit():
+        number = value.replace(".", "", 1) if kinds.get(name) is float else value
+        if kinds.get(name) not in (int, float) or not number.isdigit():
             raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
-        sizes[name] = float(value) if "." in value else int(value)
+        sizes[name] = kinds[name](value)
     return Config(**sizes)
 
 
@@ -288,6 +287,8 @@ def run(args, make_codecs) -> None:
     else:
         model = AudioVideoTransformer(read_config(args.config))
         codecs = make_codecs(model.cfg)
+        # Rounded as in a checkpoint, so that a resumed run has the same.
+        codecs.load_state_dict({name: x.half() for name, x in codecs.state_dict().items()})
     cfg = model.cfg
     if args.stage == "all" and not hasattr(codecs.video, "loss"):
         stages.remove("codec")  # this codec is not trained

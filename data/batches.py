@@ -9,8 +9,8 @@ from mutual_forcing import Codecs, Config, Controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
-    """Frames of a clip of about this length, in whole chunks; at least a latent frame."""
-    return max(round(seconds / cfg.chunk_seconds) * cfg.chunk_frames, cfg.step_frames)
+    """Frames of a clip of about this length: whole chunks, or of less than half a chunk any."""
+    return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames or round(seconds * cfg.fps)
 
 
 class Batches(Dataset):

@@ -3,6 +3,7 @@ its SHA-256."""
 
 import hashlib
 import io
+import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -43,8 +44,11 @@ def load_file(path) -> dict:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise CheckpointError(f"{path}: not a checkpoint of this project, or a damaged one")
-    content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-    if content["format"] != FORMAT:
+    try:
+        content = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this project") from error
+    if content.get("format") != FORMAT:
         raise CheckpointError(f"{path}: not a checkpoint of this version ({FORMAT})")
     return content
 
@@ -71,13 +75,16 @@ def load_checkpoint(path, make_codecs) -> tuple[AudioVideoTransformer, Codecs, d
     content = load_file(path)
     try:
         cfg = Config(**content["config"])
-        model, codecs = AudioVideoTransformer(cfg), make_codecs(cfg)
-        for name, module in (("model", model), ("codecs", codecs)):
+    except (KeyError, TypeError, UserError) as error:
+        raise CheckpointError(f"{path}: its sizes are not this version's: {error}") from error
+    model, codecs = AudioVideoTransformer(cfg), make_codecs(cfg)
+    for name, module in (("model", model), ("codecs", codecs)):
+        try:
             module.load_state_dict(content[name])
-            module.eval().requires_grad_(False)
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
-        reason = str(error).split("\n\t")[-1]
-        raise CheckpointError(f"{path}: does not fit this model or its codecs: {reason}") from error
+        except (KeyError, RuntimeError) as error:
+            reason = str(error).split("\n\t")[-1]
+            raise CheckpointError(f"{path}: does not fit the {name}: {reason}") from error
+        module.eval().requires_grad_(False)
     return model, codecs, content["extra"]
 
 

@@ -93,7 +93,7 @@ class VideoCodec(nn.Module):
         mean, log_variance = self.encoder(x).float().chunk(2, 1)
         return x, mean, log_variance.clamp(-20, 10)
 
-    def loss(self, frames: Tensor, kl: float = 5e-5) -> tuple[Tensor, dict]:
+    def loss(self, frames: Tensor, kl: float = 2e-5) -> tuple[Tensor, dict]:
         """Stage 0: frames as in distribution() -> (loss, logs); updates the running statistics."""
         x, mean, log_variance = self.distribution(frames)
         sample = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
