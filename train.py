@@ -6,7 +6,6 @@ several processes share the work: each draws its own films, and gradients are av
 
 import argparse
 import copy
-import dataclasses
 import json
 import shlex
 import sys
@@ -22,8 +21,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import mutual_forcing as mf
-from data import checkpoint, runs
+from data import runs
 from data.batches import Batches, film_batch, frames_of
+from data.checkpoint import (
+    load_checkpoint,
+    makes_films,
+    replace_file,
+    same_format,
+    save_checkpoint,
+    save_file,
+)
 from data.clips import drawer, fingerprint, load_clips
 from data.codecs import make_codecs
 from data.writer import delayed_interrupt, film_strip
@@ -213,17 +220,17 @@ def save(state: State, args, is_due: bool = False) -> None:
             model, codecs = state.transformer, mf.Codecs(state.whole, state.codecs.audio)
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
         extra |= {"command": args.command, "commit": args.commit, "minutes": args.minutes}
-        checkpoint.save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
+        save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
         if is_due:
             name = f"after-{sum(args.minutes.values()):03.0f}-minutes.pt"
-            checkpoint.save_checkpoint(args.out / name, model, codecs, extra)
+            save_checkpoint(args.out / name, model, codecs, extra)
         log_size = (args.out / "log.jsonl").stat().st_size
         content |= {"settings": args.settings, "log_size": log_size, "minutes": args.minutes}
-        checkpoint.save_file(args.out / "resume.pt", content)
+        save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole:  # else it cannot stream
             film = mf.stream(model.to(args.device), codecs, seconds=6)
             picture = iio.imwrite("<bytes>", film_strip(list(film), state.cfg), extension=".png")
-            checkpoint.replace_file(args.out / f"{state.stage}.png", picture)
+            replace_file(args.out / f"{state.stage}.png", picture)
     runs.any_process(False, args.device)  # the others wait until the first has written
 
 
@@ -257,35 +264,21 @@ def check(args, cfg: Config, stages: list[str]) -> None:
             raise UserError("--batch, --steps, --accumulate, --save: 1 or more; --lr: 0 to 1")
 
 
-def read_config(pairs: list[str]) -> Config:
-    """FIELD=N words -> the sizes of a new model. Raises UserError."""
-    sizes, kinds = {}, {field.name: type(field.default) for field in dataclasses.fields(Config)}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        number = value.replace(".", "", 1) if kinds.get(name) is float else value
-        if kinds.get(name) not in (int, float) or not number.isdigit():
-            raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
-        sizes[name] = kinds[name](value)
-    return Config(**sizes)
-
-
 def run(args, make_codecs) -> None:
     """Train the stages asked for. Raises UserError, OSError, KeyboardInterrupt."""
     content, args.lock = runs.prepare_folder(args.out, args.resume, args.overwrite, args.device)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     torch.manual_seed(args.seed % 2**63)
     if content:
-        model, codecs, _ = checkpoint.load_checkpoint(
-            args.out / f"{content['stage']}.pt", make_codecs
-        )
+        model, codecs, _ = load_checkpoint(args.out / f"{content['stage']}.pt", make_codecs)
     elif args.init:
-        model, codecs, extra = checkpoint.load_checkpoint(args.init, make_codecs)
+        model, codecs, extra = load_checkpoint(args.init, make_codecs)
         if args.config:
             raise UserError("--config: the sizes are those of --init")
-        if stages == ["mutual"] and not checkpoint.makes_films(extra):
+        if stages == ["mutual"] and not makes_films(extra):
             raise UserError(f"{args.init}: is no end of stage 2")
     else:
-        model = AudioVideoTransformer(read_config(args.config))
+        model = AudioVideoTransformer(runs.read_config(args.config))
         codecs = make_codecs(model.cfg)
         # Rounded as in a checkpoint, so that a resumed run has the same.
         codecs.load_state_dict({name: x.half() for name, x in codecs.state_dict().items()})
@@ -295,9 +288,9 @@ def run(args, make_codecs) -> None:
     check(args, cfg, stages)
     args.real, args.real_is_whole, args.clips = None, False, None
     if args.teacher:
-        args.real, _, extra = checkpoint.load_checkpoint(args.teacher, make_codecs)
+        args.real, _, extra = load_checkpoint(args.teacher, make_codecs)
         args.real_is_whole = bool(extra.get("whole"))
-        if not checkpoint.same_format(cfg, args.real.cfg):
+        if not same_format(cfg, args.real.cfg):
             raise UserError(f"{args.teacher}: makes films of another format than the model")
     if args.data:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
@@ -323,9 +316,7 @@ def run(args, make_codecs) -> None:
     for stage in stages:
         if stage != stages[0]:
             # The next stage starts from the EMA weights, as saved.
-            model, codecs, _ = checkpoint.load_checkpoint(
-                args.out / f"{state.stage}.pt", make_codecs
-            )
+            model, codecs, _ = load_checkpoint(args.out / f"{state.stage}.pt", make_codecs)
             state = State(model, codecs, stage, args)
         train_stage(state, args)
     if runs.process()[0] == 0:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from data.checkpoint import load_file
-from mutual_forcing import UserError
+from mutual_forcing import Config, UserError
 
 
 def find_device(name: str | None) -> torch.device:
@@ -74,6 +75,18 @@ def shard(net: torch.nn.Module, device: torch.device) -> None:
     for method in ("start", "step", "loss"):
         if hasattr(net, method):
             register_fsdp_forward_method(net, method)
+
+
+def read_config(pairs: list[str]) -> Config:
+    """FIELD=N words -> the sizes of a new model. Raises UserError."""
+    sizes, kinds = {}, {field.name: type(field.default) for field in fields(Config)}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        number = value.replace(".", "", 1) if kinds.get(name) is float else value
+        if kinds.get(name) not in (int, float) or not number.isdigit():
+            raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
+        sizes[name] = kinds[name](value)
+    return Config(**sizes)
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool, device) -> tuple:

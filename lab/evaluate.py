@@ -21,7 +21,15 @@ from data.checkpoint import same_format
 from data.clips import drawer, load_clips
 from data.codecs import Film, encode_films, make_codecs, stack
 from data.talker import talk
-from lab.ruler import DEFAULT_FIGURES, FIGURES, OF_CLIPS, WINDOWS, Ruler, score, windows_of
+from lab.ruler import (
+    DEFAULT_FIGURES,
+    FIGURES,
+    OF_CLIPS,
+    WINDOWS,
+    Ruler,
+    score,
+    windows_of,
+)
 from mutual_forcing import Codecs, Config, UserError
 from sample import load_talker
 

@@ -10,7 +10,15 @@ import numpy as np
 
 from data.codecs import Film
 from data.talker import LETTER_TABLE, draw_identity, mouth_of, pitch_of, voice
-from lab.looks import Look, MouthReader, Stills, look_at, stills_of, stripes_of, to_units
+from lab.looks import (
+    Look,
+    MouthReader,
+    Stills,
+    look_at,
+    stills_of,
+    stripes_of,
+    to_units,
+)
 from mutual_forcing import ALPHABET, Config, UserError
 
 FIGURES = {

@@ -14,14 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mutual_forcing as mf
 import train
+from data.checkpoint import save_checkpoint
 from data.codecs import make_codecs
-from lab import benchmark, claims, evaluate, ruler
+from lab import benchmark, claims, evaluate, ruler, score_line
 from mutual_forcing import AudioVideoTransformer, Config
 
 SIZES = {"width": 32, "layers": 2, "heads": 2, "image": 16, "video_dim": 32, "audio_dim": 32}
 TINY = Config(**SIZES, sample_rate=1024, chunk=2, window=2)
 SMALL = Config(width=32, layers=1, heads=1)
-CODECS = make_codecs(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def lively(cfg: Config) -> AudioVideoTransformer:
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "small.pt"
-    mf.save_checkpoint(path, lively(SMALL), make_codecs(SMALL), {"stage": "mutual"})
+    save_checkpoint(path, lively(SMALL), make_codecs(SMALL), {"stage": "mutual"})
     return path
 
 
@@ -202,6 +202,18 @@ def test_evaluate_scores_in_windows(checkpoint, monkeypatch, capsys):
         assert (meaning in out) == (name in ruler.DEFAULT_FIGURES)
 
 
+def test_the_score_line_has_a_row_for_each_kept_checkpoint(tmp_path, capsys):
+    assert score_line.main([str(tmp_path)]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    for name, stage, minutes in (("after-030-minutes", "codec", 30.0), ("mutual", "mutual", 61.2)):
+        extra = {"stage": stage, "minutes": {stage: minutes}}
+        save_checkpoint(tmp_path / f"{name}.pt", lively(SMALL), make_codecs(SMALL), extra)
+    assert score_line.main([str(tmp_path), "--talkers", "2", "--seconds", "5"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[2][:3] == ["| 30", "codec", "-"] and rows[3][:2] == ["| 61", "mutual"]
+    assert 0 < float(rows[3][2]) <= 1 and float(rows[4][2]) == 0  # letters misread: ours, truth's
+
+
 def test_clips_have_no_letters_to_score():
     clips = evaluate.held_out(SMALL, 2, 6)
     clips = [clip._replace(symbols=0 * clip.symbols + SMALL.unknown) for clip in clips]
@@ -214,8 +226,8 @@ def test_clips_have_no_letters_to_score():
 def test_evaluate_refuses_bad_input_in_one_line(checkpoint, tmp_path, capsys):
     other, teacher = tmp_path / "other.pt", tmp_path / "teacher.pt"
     odd = replace(SMALL, chunk=3)  # 5 s are less than a window
-    mf.save_checkpoint(other, lively(odd), make_codecs(odd))
-    mf.save_checkpoint(teacher, lively(SMALL), make_codecs(SMALL), {"whole": True})
+    save_checkpoint(other, lively(odd), make_codecs(odd))
+    save_checkpoint(teacher, lively(SMALL), make_codecs(SMALL), {"whole": True})
     options = ("--seconds inf", "--talkers 1", "--data no-such-folder", "--device abacus")
     wrong = [[checkpoint, *option.split()] for option in options]
     wrong += [[checkpoint, other], [other], [teacher], [tmp_path / "missing.pt"], [tmp_path]]
