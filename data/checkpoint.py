@@ -81,7 +81,7 @@ def load_checkpoint(path, make_codecs) -> tuple[AudioVideoTransformer, Codecs, d
     for name, module in (("model", model), ("codecs", codecs)):
         try:
             module.load_state_dict(content[name])
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError) as error:
             reason = str(error).split("\n\t")[-1]
             raise CheckpointError(f"{path}: does not fit the {name}: {reason}") from error
         module.eval().requires_grad_(False)
