@@ -9,8 +9,8 @@ from mutual_forcing import Codecs, Config, Controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
-    """Frames of a clip of about this length: whole chunks, or of less than half a chunk any."""
-    return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames or round(seconds * cfg.fps)
+    """Frames of a clip of about this length, in whole chunks."""
+    return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
 
 
 class Batches(Dataset):

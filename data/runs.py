@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -39,6 +40,19 @@ def native_precision(device) -> torch.dtype:
         capabilities = getattr(torch.cpu, "get_capabilities", dict)()
         native = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     return torch.bfloat16 if native else torch.float32
+
+
+def exit_code(name: str, command) -> int:
+    """Run a command line's function: 0 or what it returns, 2 for a mistake of the user, 130 if
+    interrupted. A mistake is told in one line; a bug gives its traceback."""
+    try:
+        return command() or 0
+    except (UserError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
 
 
 def start_processes(device: torch.device) -> torch.device:

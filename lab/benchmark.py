@@ -259,26 +259,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv=None, make_codecs=make_codecs) -> int:
-    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
-    args = build_parser().parse_args(argv)
-    try:
-        device, jobs = runs.find_device(args.device), jobs_of(args.seconds)
-        result = benchmark(args.checkpoint, device, make_codecs, jobs)
-    except (mf.UserError, OSError) as error:
-        print(f"lab.benchmark: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def run(args, make_codecs) -> None:
+    """Measure and print. Raises UserError and OSError."""
+    device, jobs = runs.find_device(args.device), jobs_of(args.seconds)
+    result = benchmark(args.checkpoint, device, make_codecs, jobs)
     if args.json:
         print(json.dumps(result))
-        return 0
+        return
     print(result["machine"])
     for _, rows in groupby(result["rows"], lambda row: row["what"]):
         print("\n" + markdown(list(rows)))
     print(LEGEND)
-    return 0
+
+
+def main(argv=None, make_codecs=make_codecs) -> int:
+    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
+    args = build_parser().parse_args(argv)
+    return runs.exit_code("lab.benchmark", lambda: run(args, make_codecs))
 
 
 if __name__ == "__main__":

@@ -305,7 +305,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args, make_codecs) -> None:
-    """Train and score what is missing; draw the picture of the arms. Raises UserError, OSError."""
+    """Train and score what is missing, which goes on after an interruption; draw the arms.
+
+    Raises UserError, OSError.
+    """
+    if args.tables:
+        print(tables(load_results(args.results)))
+        return
     if not args.init or args.seeds < 1 or args.talkers < 2 or args.seconds < 5:
         raise UserError("needs --init; --seeds from 1, --talkers from 2, --seconds from 5")
     args.device, args.checksums = runs.find_device(args.device), checksums(args.init)
@@ -330,18 +336,7 @@ def run(args, make_codecs) -> None:
 def main(argv=None, make_codecs=make_codecs) -> int:
     """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
     args = build_parser().parse_args(argv)
-    try:
-        if args.tables:
-            print(tables(load_results(args.results)))
-        else:
-            run(args, make_codecs)
-        return 0
-    except (UserError, OSError) as error:
-        print(f"lab.claims: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return runs.exit_code("lab.claims", lambda: run(args, make_codecs))
 
 
 if __name__ == "__main__":

@@ -204,20 +204,11 @@ def run(args, make_codecs) -> dict:
     return evaluate(models, settings=settings, clips=clips, **options)
 
 
-def main(argv=None, make_codecs=make_codecs) -> int:
-    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
-    args = build_parser().parse_args(argv)
-    try:
-        result = run(args, make_codecs)
-    except (UserError, OSError) as error:
-        print(f"lab.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+def show(result: dict, args) -> None:
+    """Print what evaluate() returned: JSON, or a table and what its figures mean."""
     if args.json:
         print(json.dumps(result))
-        return 0
+        return
     windows, rows, shown = result["windows"], result["rows"], FIGURES
     if not args.all:
         windows, shown = windows[-1:], DEFAULT_FIGURES
@@ -226,7 +217,12 @@ def main(argv=None, make_codecs=make_codecs) -> int:
     print(markdown(rows) + "\n")
     for name in shown:
         print(f"- {name.replace('_', ' ')}: {FIGURES[name]}")
-    return 0
+
+
+def main(argv=None, make_codecs=make_codecs) -> int:
+    """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
+    args = build_parser().parse_args(argv)
+    return runs.exit_code("lab.evaluate", lambda: show(run(args, make_codecs), args))
 
 
 if __name__ == "__main__":

@@ -69,16 +69,12 @@ def main(argv=None, make_codecs=make_codecs) -> int:
     parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     args = parser.parse_args(argv)
     options = {"talkers": args.talkers, "seconds": args.seconds}
-    try:
-        lines = score_line(args.folder, make_codecs, runs.find_device(args.device), **options)
-    except (UserError, OSError) as error:
-        print(f"lab.score_line: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    print(markdown(lines))
-    return 0
+
+    def run():
+        device = runs.find_device(args.device)
+        print(markdown(score_line(args.folder, make_codecs, device, **options)))
+
+    return runs.exit_code("lab.score_line", run)
 
 
 if __name__ == "__main__":
