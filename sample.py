@@ -19,6 +19,7 @@ from data import runs
 from data.checkpoint import CheckpointError, load_checkpoint, makes_films
 from data.codecs import make_codecs
 from data.pictures import read_picture
+from data.typed import TypedText
 from data.writer import FilmWriter, delayed_interrupt
 from mutual_forcing import Config, UserError
 
@@ -38,16 +39,18 @@ def film_settings(args, cfg: Config) -> dict:
     names = ["character", "mode", "steps", "guidance", "seed"]
     settings = {name: getattr(args, name) for name in names}
     needed = 8.0
-    if args.say is not None:
-        if cfg.symbols != len(mf.ALPHABET):
-            raise UserError("--say: the symbols of this model are not letters")
+    if args.say is not None and cfg.symbols != len(mf.ALPHABET):
+        raise UserError("--say: the symbols of this model are not letters")
+    if args.say == "-":
+        needed = 24 * 3600.0  # at most
+    elif args.say is not None:
         symbols = [cfg.silence] * 2 + mf.spell(args.say)
         if set(symbols) == {cfg.silence}:
             raise UserError("--say: nothing in it can be spoken; letters a to z can")
         needed = (len(symbols) + cfg.fps // 2) / cfg.fps
         settings["transcript"] = symbols
     settings["seconds"] = needed if args.seconds is None else args.seconds
-    if args.say is not None and settings["seconds"] < needed - 0.5:
+    if args.say not in (None, "-") and settings["seconds"] < needed - 0.5:
         print(f"--seconds: the text takes {needed:.1f}; its end is cut off", file=sys.stderr)
     if args.first_frame:
         report = functools.partial(print, file=sys.stderr)
@@ -63,28 +66,34 @@ def make_film(args, make_codecs) -> int:
     model.to(device, runs.native_precision(device))
     codecs.to(device)
     cfg = model.cfg
-    settings = film_settings(args, cfg)
-    frames_left = mf.num_frames(cfg, settings["seconds"])
-    film, loaded = mf.stream(model, codecs, **settings), time.perf_counter()
+    settings, loaded = film_settings(args, cfg), time.perf_counter()
+    num_frames = mf.num_frames(cfg, settings["seconds"])
     with delayed_interrupt() as interrupted:  # after which whole chunks are kept
+        typed = TypedText(cfg, interrupted) if args.say == "-" else None
+        if typed:
+            num_frames, settings["transcript"] = None, typed
+            film = typed.cut(mf.stream(model, codecs, **settings))
+        else:
+            film = mf.stream(model, codecs, **settings)
         first_chunk = next(film)  # or what is wrong with the settings
         first_chunk_ms = 1000 * (time.perf_counter() - loaded)
         writer = FilmWriter(args.out, cfg)
         try:
-            with tqdm(total=frames_left, unit="frame", disable=None) as bar:
+            with tqdm(total=num_frames, unit="frame", disable=None) as bar:
                 for frames, samples in itertools.chain([first_chunk], film):
                     writer.add(frames, samples)
-                    frames_left -= len(frames)
                     bar.update(len(frames))
                     if interrupted:
                         break
-            if frames_left and args.out.exists():
+            unfinished = interrupted and writer.num_frames != num_frames
+            if unfinished and args.out.exists():
                 name = f"{args.out.stem}-interrupted-{time.time():.0f}"
                 writer.out = args.out.with_stem(name)
             writer.finish()
         finally:
             writer.close()
     spent, seconds = time.perf_counter() - loaded, writer.num_frames / cfg.fps
+    spent -= typed.waited if typed else 0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; on a Mac bytes
     figures = {
         "out": str(writer.out),
@@ -101,13 +110,13 @@ def make_film(args, make_codecs) -> int:
     text = ", ".join(f"{name} {value}" for name, value in figures.items())
     text = json.dumps(figures) if args.json else text
     print(text.encode("ascii", "backslashreplace").decode())  # whatever stdout can show
-    return 130 if frames_left else 0
+    return 130 if unfinished else 0
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sample.py", description="Make a film of a talking character.")
     add = parser.add_argument
-    add("--say", help="text to speak, letters a to z; without it the character babbles")
+    add("--say", help="text, letters a to z, or - for standard input; without it: babble")
     add("--character", help="a name that the checkpoint knows; without it, --seed decides")
     add("--first-frame", type=Path, help="a picture to start from")
     add("--seconds", type=float, help="length; default: as long as the text takes, else 8")

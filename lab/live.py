@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -25,7 +26,7 @@ from mutual_forcing import UserError
 from sample import SHIPPED, load_talker
 
 LONGEST_BODY, MOST_FILMS = 4096, 4
-LEFT_SECONDS = 10  # a page that asks for nothing so long has left
+LEFT_SECONDS = 10  # a page that asks for no chunk so long has left
 
 
 class Refusal(Exception):
@@ -33,23 +34,19 @@ class Refusal(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """A request of a page. Each path is a method below: get_chunk() answers GET /chunk.
-
-    It takes the query and the body, and returns bytes, a line, or what is sent as JSON.
-    """
+    """Requests of a page: get_chunk(query, body) answers GET /chunk, and so on."""
 
     protocol_version, timeout, disable_nagle_algorithm = "HTTP/1.1", 60, True
 
     def do_GET(self) -> None:
         """Answer with status 200, or with another one and a line that says why."""
         length = self.headers.get("Content-Length", "0")
-        length = int(length) if re.fullmatch("[0-9]{1,9}", length) else LONGEST_BODY + 1
-        body = self.rfile.read(min(length, 2**20))  # a client that still sends reads no answer
-        status = 200
+        length = int(length) if re.fullmatch("[0-9]{1,9}", length) else None
+        body = self.rfile.read(min(length or 0, 2**20))  # who still sends reads no answer
         try:
-            if length > LONGEST_BODY:
+            if length is None or length > LONGEST_BODY:
                 raise Refusal(413, f"a request has at most {LONGEST_BODY} bytes")
-            answer = self.route(body)
+            status, answer = 200, self.route(body)
         except Refusal as refusal:
             status, answer = refusal.args
         except UserError as error:
@@ -58,8 +55,7 @@ class Handler(BaseHTTPRequestHandler):
             traceback.print_exc()
             status, answer = 500, f"{type(error).__name__}: {error}"
         self.close_connection |= status != 200  # a part of the body may be unread
-        if not isinstance(answer, bytes):
-            answer = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        answer = answer if isinstance(answer, bytes) else str(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "text/html" if self.path == "/" else "text/plain")
         self.send_header("Content-Length", str(len(answer)))
@@ -74,10 +70,9 @@ class Handler(BaseHTTPRequestHandler):
     def route(self, body: bytes):
         """Call the method of the path. Raises Refusal for requests that no page of ours sends."""
         host = self.headers.get("Host", "")
-        if re.sub(":[0-9]+$", "", host) not in ("127.0.0.1", "localhost"):
-            raise Refusal(403, "this server is 127.0.0.1 or localhost, and no other host")
-        if self.headers.get("Origin", f"http://{host}") != f"http://{host}":
-            raise Refusal(403, "this server answers no page but its own")
+        origin, names = self.headers.get("Origin"), ("127.0.0.1", "localhost")
+        if re.sub(":[0-9]+$", "", host) not in names or origin not in (None, f"http://{host}"):
+            raise Refusal(403, "this server answers only its own page, on 127.0.0.1 or localhost")
         path, _, query = self.path.partition("?")
         method = getattr(self, f"{self.command.lower()}_{path[1:] or 'page'}", None)
         if not method:
@@ -112,13 +107,11 @@ class Handler(BaseHTTPRequestHandler):
         return page.replace("{{about}}", json.dumps(about | {"alphabet": mf.ALPHABET})).encode()
 
     def post_open(self, query: dict, _) -> str:
-        server, name = self.server, secrets.token_hex(8)
-        film = LiveFilm(server.model, server.codecs, self.settings(query))
-        film.asked = time.monotonic()
+        server, settings, name = self.server, self.settings(query), secrets.token_hex(8)
         with server.lock:
             if len(server.films) >= MOST_FILMS:
                 raise Refusal(503, f"{MOST_FILMS} films are playing; close the page of one")
-            server.films[name] = film
+            server.films[name] = LiveFilm(server.model, server.codecs, settings)
         return name
 
     def get_chunk(self, query: dict, _) -> bytes:
@@ -146,7 +139,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """The model, up to four films, and the thread that makes their chunks."""
 
-    def __init__(self, port: int, model, codecs, settings: dict):
+    def __init__(self, port: int, model, codecs, **settings):
         self.model, self.codecs, self.settings = model, codecs, settings
         self.films, self.lock, self.maker = {}, threading.Lock(), ThreadPoolExecutor(1)
         super().__init__(("127.0.0.1", port), Handler)
@@ -188,22 +181,18 @@ def make_server(argv, make_codecs) -> Server:
     if not 0 <= args.port < 2**16:
         raise UserError("--port must be between 0 and 65535")
     model.to(device, runs.native_precision(device))
-    settings = {"character": args.character, "steps": args.steps}
-    return Server(args.port, model, codecs.to(device), settings)
+    return Server(args.port, model, codecs.to(device), character=args.character, steps=args.steps)
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:
-    """Returns 0 after Ctrl-C, 2 for a mistake of the user."""
-    try:
-        with make_server(argv, make_codecs) as server:
+    """Serve until Ctrl-C. Returns 0, or 2 for a mistake of the user."""
+
+    def run():
+        with make_server(argv, make_codecs) as server, suppress(KeyboardInterrupt):
             print(f"http://127.0.0.1:{server.server_port} (Ctrl-C ends it)", flush=True)
             server.serve_forever()
-    except (UserError, OSError) as error:
-        print(f"lab.live: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("ended", file=sys.stderr)
-        return 0
+
+    return runs.exit_code("lab.live", run)
 
 
 if __name__ == "__main__":

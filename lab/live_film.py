@@ -40,6 +40,7 @@ class LiveFilm:
         self.read = []  # symbols of the next frames, as far as the stream has read them
         self.chunks, self.num_ordered = {}, 0  # index -> Future of what make() returns
         self.num_frames = self.num_samples = 0  # that exist
+        self.asked = time.monotonic()  # when the page last got a chunk
 
     def transcript(self):
         """A symbol for each frame, chosen when the stream reads it: of the text, or silence."""

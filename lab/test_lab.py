@@ -1,22 +1,30 @@
 """What data/ and lab/ claim, on tiny models and synthetic films."""
 
+import http.client
 import json
 import math
 import os
 import signal
+import socket
+import threading
+import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mutual_forcing as mf
+import sample
 import train
 from data.checkpoint import save_checkpoint
 from data.codecs import make_codecs
-from lab import benchmark, claims, evaluate, ruler, score_line
+from data.decoding import decode_clip
+from lab import benchmark, claims, evaluate, live, live_film, ruler, score_line
 from mutual_forcing import AudioVideoTransformer, Config
 
 SIZES = {"width": 32, "layers": 2, "heads": 2, "image": 16, "video_dim": 32, "audio_dim": 32}
@@ -360,3 +368,208 @@ def test_claims(tmp_path, monkeypatch, capsys):
     results.write_text(json.dumps(whole | {"code": "other"}))
     assert claims.main(words) == 2 and "another code; --mix" in capsys.readouterr().err
     assert claims.main([*words, "--mix"]) == 0 and json.loads(results.read_text())["mixed"]
+
+
+# ---- lab/live.py
+
+
+@pytest.fixture
+def live_server(tmp_path):
+    """A server of a tiny model, and ask(path, body) -> (status, bytes)."""
+    path = tmp_path / "tiny.pt"
+    save_checkpoint(path, lively(TINY), make_codecs(TINY), {"stage": "mutual"})
+    words = ["--port", "0", "--checkpoint", str(path), "--device", "cpu"]
+    with live.make_server(words, make_codecs) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+
+        def ask(path, body=None, **headers):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+            connection.request("GET" if body is None else "POST", path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            return answer.status, content
+
+        yield server, ask
+        server.shutdown()
+        thread.join()
+
+
+def opened(ask, settings="character=ada&seed=3") -> str:
+    status, name = ask(f"/open?{settings}", b"")
+    assert status == 200
+    return name.decode()
+
+
+def read_chunks(ask, film: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, list]:
+    """Frames and samples of chunks begin to end of a film, and the symbols of the frames."""
+    frames, samples, symbols = [], [], []
+    for index in range(begin, end):
+        status, content = ask(f"/chunk?film={film}&index={index}")
+        assert status == 200, content
+        size = 4 + int.from_bytes(content[:4], "little")
+        about = json.loads(content[4:size])
+        split = size + 4 * about["samples"]
+        assert about["index"] == index and about["first_frame"] == index * TINY.chunk_frames
+        assert size % 4 == 0 and about["make_ms"] > 0
+        samples.append(np.frombuffer(content[size:split], "<f4"))
+        frames.append(np.frombuffer(content[split:], np.uint8).reshape(-1, 16, 16, 3))
+        symbols += about["symbols"]
+    return np.concatenate(frames), np.concatenate(samples), symbols
+
+
+def streamed(server, transcript, **settings) -> tuple[np.ndarray, np.ndarray]:
+    settings = {"seconds": 30, "character": "ada", "steps": 4, "seed": 3} | settings
+    film = mf.stream(server.model, server.codecs, transcript=transcript, **settings)
+    frames, samples = zip(*islice(film, 8))
+    return np.concatenate(frames), np.concatenate(samples)
+
+
+def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
+    server, ask = live_server
+    film, other = opened(ask), opened(ask, "character=ada&seed=3&steps=8")
+    read_chunks(ask, film, 0, 2)
+    read = 2 * TINY.chunk_frames + TINY.margin
+    assert ask(f"/say?film={film}", "héy".encode()) == (200, str(read).encode())
+    assert ask(f"/say?film={film}", b"you") == (200, str(read + 12).encode())
+    frames, samples, symbols = read_chunks(ask, film, 2, 8)
+    expected = [TINY.silence] * read + mf.spell("hey you")
+    whole_frames, whole_samples = streamed(server, expected)
+    assert np.array_equal(frames, whole_frames[8:])
+    assert np.array_equal(samples, whole_samples[len(whole_samples) - len(samples) :])
+    assert symbols == expected[8:32]
+    other_frames, _, _ = read_chunks(ask, other, 0, 1)
+    assert not np.array_equal(other_frames, whole_frames[:4])
+    # A page that is behind gets the newest chunk, and the last two may be asked for again.
+    assert json.loads(ask(f"/chunk?film={film}&index=1")[1][4:].split(b"}")[0] + b"}")["index"] == 7
+    again, _, _ = read_chunks(ask, film, 6, 8)
+    assert np.array_equal(again, frames[-8:])
+
+    # From the picture of frame 30, with other settings; text that was not spoken still is.
+    assert ask(f"/say?film={film}", b"mama")[0] == 200
+    assert ask(f"/restart?film={film}&frame=30&character=hana&seed=5", b"")[0] == 200
+    frames, samples, _ = read_chunks(ask, film, 8, 11)
+    script = mf.spell("hey you mama")[32 - read :]
+    settings = {"character": "hana", "seed": 5, "first_frame": whole_frames[30]}
+    new_frames, new_samples = streamed(server, script, **settings)
+    assert np.array_equal(frames, new_frames[:12])
+    assert np.array_equal(samples[TINY.hop :], new_samples[: len(samples) - TINY.hop])
+    assert not samples[: TINY.hop].any()  # the last sound of the stream before is lost
+    status, line = ask(f"/restart?film={film}&frame=4000", b"")
+    assert status == 400 and b"not kept" in line
+
+
+def test_a_saved_live_film_has_the_frames_and_the_sound_of_its_last_seconds(
+    live_server, tmp_path, monkeypatch
+):
+    _, ask = live_server
+    monkeypatch.setattr(live_film, "KEPT_SECONDS", 1)
+    film = opened(ask)
+    assert ask(f"/save?film={film}")[0] == 400
+    frames, samples, _ = read_chunks(ask, film, 0, 8)
+    (tmp_path / "film.mp4").write_bytes(ask(f"/save?film={film}")[1])
+    clip = decode_clip(tmp_path / "film.mp4", TINY)
+    assert len(clip.frames) == 16 and len(clip.samples) == 1024
+    luma = np.array([0.299, 0.587, 0.114])  # of which H.264 keeps more than of the colours
+    errors = []
+    for first in (15, 16):  # the second is right
+        differences = clip.frames - frames[first : first + 16].astype(int)
+        errors.append(abs(differences @ luma).mean())
+    assert errors[1] < 0.7 * errors[0]
+    correlations = {}
+    for shift in range(-16, 17, 4):  # in samples
+        expected = samples[1024 + shift : 1924 + shift]
+        correlations[shift] = np.corrcoef(clip.samples[:900], expected)[0, 1]
+    assert correlations[0] == max(correlations.values()) > 0.4
+
+
+def test_a_live_server_refuses_in_one_line(live_server, capfd):
+    server, ask = live_server
+    film = opened(ask)
+    wrong = [
+        (404, "/nothing", None, {}),
+        (404, "/say", None, {}),
+        (404, "/chunk?film=1&index=0", None, {}),
+        (403, "/", None, {"Host": "example.com"}),
+        (403, "/open", b"", {"Origin": "http://example.com"}),
+        (413, f"/say?film={film}", b"a" * 4097, {}),
+        (413, f"/say?film={film}", b"a", {"Content-Length": "many"}),
+        (400, f"/say?film={film}", b"a" * 501, {}),
+        (400, f"/say?film={film}", b"123", {}),
+        (400, f"/chunk?film={film}&index=1", None, {}),
+        (400, f"/chunk?film={film}&index=-1", None, {}),
+        (400, "/open?steps=5", b"", {}),
+        (400, "/open?character=nobody", b"", {}),
+    ]
+    for status, path, body, headers in wrong:
+        answer, line = ask(path, body, **headers)
+        assert answer == status and b"\n" not in line and len(line) > 10, (path, answer, line)
+    for _ in range(live.MOST_FILMS - 1):
+        opened(ask)
+    status, line = ask("/open", b"")
+    assert status == 503 and b"4 films are playing" in line
+    assert ask(f"/close?film={film}", b"")[0] == 200 and opened(ask)
+    assert b"bruno" in ask("/", Host="localhost:99")[1]
+    assert capfd.readouterr().err == ""
+
+    # A maker that fails: the page and stderr are told, and the other films go on.
+    film, other = list(server.films)[:2]
+    server.films[film].starts.append({"bug": 1})
+    for _ in range(2):
+        status, line = ask(f"/chunk?film={film}&index=0")
+        assert status == 500 and line.startswith(b"TypeError: ")
+    assert "Traceback" in capfd.readouterr().err
+    read_chunks(ask, other, 0, 1)
+
+
+def test_a_live_film_ends_that_no_page_asks_for(live_server, monkeypatch):
+    server, ask = live_server
+    film = opened(ask)
+    read_chunks(ask, film, 0, 1)
+    monkeypatch.setattr(live, "LEFT_SECONDS", 0.1)
+    for _ in range(100):
+        time.sleep(0.05)
+        if not server.films:
+            break
+    assert ask(f"/chunk?film={film}&index=1")[0] == 404
+
+
+def test_live_refuses_mistakes_in_one_line(checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words in ("--character nobody", f"--port {port}", "--port 70000", "--checkpoint no.pt"):
+            given = ["--device", "cpu", "--checkpoint", str(checkpoint), *words.split()]
+            assert live.main(given) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.startswith("lab.live: ") and err.count("\n") == 1, err
+
+
+def test_sample_speaks_what_is_typed_while_it_is_typed(checkpoint, tmp_path, monkeypatch, capsys):
+    def type_in(*parts):
+        read, write = os.pipe()
+        monkeypatch.setattr("sys.stdin", os.fdopen(read))
+
+        def typing():
+            for part in parts:
+                os.write(write, part)
+                time.sleep(0.3)
+            os.close(write)
+
+        thread = threading.Thread(target=typing)
+        thread.start()
+        code = sample.main([*words, "-"])
+        thread.join()
+        return code
+
+    out = tmp_path / "film.wav"
+    words = f"--checkpoint {checkpoint} --out {out} --device cpu --json --say".split()
+    assert type_in(b"hi\n", b"you") == 0
+    typed, figures = soundfile.read(out)[0], json.loads(capsys.readouterr().out)
+    frames = 2 + 3 * len("hi you") + 8
+    assert figures["frames"] == frames and len(typed) == frames * 500
+    assert sample.main([*words, "hi you", "--seconds", "3"]) == 0
+    assert np.array_equal(typed, soundfile.read(out)[0][: len(typed)])
+    out.unlink()
+    assert type_in(b"\n", b"1 2") == 2
+    assert "nothing in it can be spoken" in capsys.readouterr().err and not out.exists()
