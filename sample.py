@@ -136,14 +136,7 @@ def main(argv=None, make_codecs=make_codecs) -> int:
     args = build_parser().parse_args(argv)
     if args.steps is None:
         args.steps = mf.DEFAULT_STEPS[args.mode]
-    try:
-        return make_film(args, make_codecs)
-    except (UserError, OSError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return runs.exit_code("sample.py", lambda: make_film(args, make_codecs))
 
 
 if __name__ == "__main__":
