@@ -47,18 +47,15 @@ the measurements. Functions raise UserError for a user's mistakes.
 
 import functools
 import math
-import unicodedata
-from dataclasses import dataclass, fields
-from itertools import chain, islice, pairwise, repeat
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
-ALPHABET = "abcdefghijklmnopqrstuvwxyz "  # the symbols of a transcript; the last one is silence
 DEFAULT_STEPS = {"few": 4, "multi": 50}  # evaluations of a chunk in each mode
 WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's is our choice
 
@@ -89,26 +86,6 @@ class Config:
     clock: int = 16  # seconds after which the rotary phases of time repeat
     shift: float = 4.0  # of warp(): above 1, more of the times are near noise
 
-    def __post_init__(self):
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            in_range = kind is tuple or type(value) is kind and 1e-9 <= value < 2**20
-            if type(value) is not kind or not in_range:
-                raise UserError(
-                    f"Config.{field.name} = {value!r}: must be {kind.__name__} in range"
-                )
-        samples = self.sample_rate * self.step_frames / self.fps  # of a latent frame
-        seen = (self.window + 1) * self.chunk_frames
-        for wrong, why in (
-            (self.grid**2 != self.tokens, "tokens must be a square number"),
-            (samples % self.tokens, "tokens must divide the samples of a latent frame"),
-            (self.sample_rate % self.fps, "sample_rate must be a multiple of fps"),
-            (self.width % (8 * self.heads), "width must be a multiple of 8 heads"),
-            (2 * seen > self.clock * self.fps, "clock must last twice window + 1 chunks"),
-        ):
-            if wrong:
-                raise UserError(f"Config: {why}")
-
     @property
     def grid(self) -> int:  # video tokens along one side of the picture
         return math.isqrt(self.tokens)
@@ -138,22 +115,6 @@ class Config:
         return self.symbols
 
 
-class Codecs(nn.Module):
-    """The two codecs of a model (the paper: two VAEs); data/codecs.py has ours.
-
-    Both are modules with encode(film) -> latents, decode(latents) -> film, and
-    decode_next(latents, state) -> (part of the film, state), which decodes a film chunk by chunk:
-    state is None for the first chunk, and then what the last call returned. Latents have about unit
-    variance. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim). audio:
-    float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m) that are
-    not returned yet; the last ones end the film.
-    """
-
-    def __init__(self, video: nn.Module, audio: nn.Module):
-        super().__init__()
-        self.video, self.audio = video, audio
-
-
 class Controls(NamedTuple):
     """What steers films. Each control has a value that means "not given"."""
 
@@ -161,9 +122,6 @@ class Controls(NamedTuple):
     character: Tensor  # (B,) long, index into cfg.characters; their number: not given
     first_frame: Tensor  # (B, 1, N, video_dim), a picture as one latent frame
     has_first_frame: Tensor  # (B,) bool
-
-    def map(self, function) -> "Controls":
-        return Controls(*[function(tensor) for tensor in self])
 
     def chunks(self, cfg: Config) -> list["Controls"]:
         """The controls that each chunk sees: the transcript of its frames and of both margins."""
@@ -380,6 +338,9 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(normalise(x, shift2, scale2)))))
 
 
+REFERENCE, HISTORY, NOISED = range(3)  # kinds of latent frames in the parallel form
+
+
 class ParallelAttention:
     """Who attends to whom in the parallel form. A row attends to the columns marked x; rows and
     columns are chunks (here the window is 1), or the reference:
@@ -402,19 +363,17 @@ class ParallelAttention:
 
     def __init__(self, cfg: Config, frames: int, chunk: int, has_history: bool, coupled: bool):
         """frames: S; coupled: whether the branches see each other (not in stage 1)."""
-        chunk_of = torch.arange(frames) // chunk
-        row, column = chunk_of[:, None], chunk_of[None]
-        same = row == column
-        before = (column < row) & (column >= row - cfg.window)
         self.sink_frames = slice(1, 1 + chunk * has_history)
-        sees_sink = (row > 0).expand(-1, chunk * has_history)
-        always = torch.cat([sees_sink, torch.ones(frames, 1).bool()], 1)  # sink and reference
-        mask = torch.cat([always] + [before] * has_history + [same], 1)  # the noised rows
-        if has_history:
-            history_rows = torch.cat([always, before | same, torch.zeros_like(same)], 1)
-            mask = torch.cat([history_rows, mask])
-        reference_row = torch.arange(mask.shape[1])[None] == sees_sink.shape[1]
-        mask = torch.cat([reference_row, mask])
+        kind = [REFERENCE] + [HISTORY] * frames * has_history + [NOISED] * frames
+        kind = torch.tensor(kind)  # of each latent frame
+        chunk_of = torch.arange(frames) // chunk
+        chunk_of = torch.cat([torch.tensor([0]), *[chunk_of] * (1 + has_history)])
+        row_kind, row_chunk = kind[:, None], chunk_of[:, None]
+        same = (kind == row_kind) & (chunk_of == row_chunk)
+        in_window = (chunk_of < row_chunk) & (chunk_of >= row_chunk - cfg.window)
+        mask = same | (kind == REFERENCE) | (kind == HISTORY) & in_window
+        sees_sink = (row_chunk > 0).expand(-1, chunk * has_history)
+        mask = torch.cat([sees_sink, mask], 1)
         branch = torch.arange(2).repeat_interleave(cfg.tokens)
         tokens = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
         self.mask = torch.kron(mask.byte(), tokens.byte()).bool()
@@ -630,98 +589,31 @@ def generate(
         model.step(finished, data, zero, given, cache, commit=True)
 
 
-def spell(text: str, frames: int = 3) -> list[int]:
-    """Text -> a symbol per frame: letters a to z last so many frames, all else is a pause.
-
-    Accents are dropped: an e with an accent is an e.
-    """
-    symbols = []
-    for letter in unicodedata.normalize("NFKD", text).lower():
-        if not unicodedata.combining(letter):
-            symbols += [ALPHABET.index(letter if letter in ALPHABET else " ")] * frames
-    return symbols
-
-
-def film_controls(cfg: Config, codecs: Codecs, transcript, character, first_frame, device):
-    """Yield the controls of each chunk of one film, without end; see stream().
-
-    The transcript is read only as far ahead as a chunk needs: to its end and cfg.margin frames on.
-    """
-    if isinstance(transcript, str) and cfg.symbols != len(ALPHABET):
-        raise UserError("this model's symbols are not letters: give a symbol for each frame")
-    names = (*cfg.characters, None)
-    if character not in names and character not in range(len(names)):
-        raise UserError(f"no character {character!r}; there are {', '.join(cfg.characters)}")
-    index = names.index(character) if character in names else int(character)
-    shape = (cfg.image, cfg.image, 3)
-    frame = torch.zeros(shape, dtype=torch.uint8)
-    if first_frame is not None:
-        frame = torch.tensor(np.array(first_frame))  # a copy, whatever its strides
-    if frame.shape != shape or frame.dtype != torch.uint8:
-        raise UserError(f"the first frame must be uint8, {cfg.image} x {cfg.image} x 3")
-    latent = codecs.video.encode(frame.expand(1, cfg.step_frames, -1, -1, -1).to(device))
-    has_first_frame = torch.tensor([first_frame is not None], device=device)
-    rest = [torch.tensor([index], device=device), latent, has_first_frame]
-
-    symbols, otherwise = transcript, cfg.silence
-    if transcript is None:
-        symbols, otherwise = [], cfg.unknown
-    elif isinstance(transcript, str):
-        symbols = spell(transcript)
-    symbols = chain(symbols, repeat(otherwise))
-    visible = [otherwise] * cfg.margin + list(islice(symbols, cfg.margin))
-    while True:
-        visible += islice(symbols, cfg.chunk_frames)
-        if min(visible) < 0 or max(visible) > cfg.unknown:
-            raise UserError(f"symbols of a transcript are between 0 and {cfg.unknown}")
-        yield Controls(torch.tensor([visible], device=device), *rest)
-        visible = visible[cfg.chunk_frames :]
-
-
-def num_frames(cfg: Config, seconds: float) -> int:
-    """Frames of a film, which lasts at least one frame and at most a day."""
-    if not 1 / cfg.fps <= seconds <= 24 * 3600:
-        raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
-    return round(seconds * cfg.fps)
-
-
 @torch.inference_mode()
-def stream(
-    model: AudioVideoTransformer,
-    codecs: Codecs,
-    *,
-    seconds: float,
-    transcript=None,
-    character=None,
-    first_frame=None,
-    mode: str = "few",
-    steps: int | None = None,
-    guidance: float = 1.0,
-    seed: int = 0,
-):
+def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance=1.0, seed=0):
     """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    transcript: text (3 frames a letter), or any iterable of a symbol for each frame (cfg.unknown
-    where it is not known), which may come while the film runs; silence follows it. None: no
-    transcript, and the character babbles. character: a name, its index, or None. first_frame: a
-    picture like the frames that are yielded. mode: "few" takes large steps and "multi" small ones;
-    steps: 4 by default, 50 in multi-step mode. guidance: 1 is none. Memory does not grow with the
-    length. Sound may come later than its frames (see Codecs), and the last chunk brings the rest.
+    codecs.video and codecs.audio decode latents (data/codecs.py). controls: an iterable of the
+    Controls of each chunk, for at least so many seconds; each is read when its chunk is due, so
+    that a transcript may come while the film runs (data/controls.py makes them from text). mode:
+    "few" takes large steps, "multi" small ones; steps: 4 by default, 50 in multi-step mode.
+    guidance: 1 is none. Memory does not grow with the length. Sound comes a little later than its
+    frames, and the last chunk brings the rest.
     """
     cfg = model.cfg
     if mode not in DEFAULT_STEPS:
         raise UserError(f"mode must be few or multi, not {mode!r}")
-    if torch.is_autocast_enabled(model.device.type):
-        raise UserError("stream() works outside torch.autocast: the model's own dtype decides")
+    if not 1 / cfg.fps <= seconds <= 24 * 3600:
+        raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
     if not 0 <= guidance <= 1000 or not 0 <= seed < 2**63:
         raise UserError("guidance is between 0 and 1000, seed between 0 and 2^63")
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
-    frames_left = num_frames(cfg, seconds)
+    frames_left = round(seconds * cfg.fps)
     samples_left = frames_left * cfg.sample_rate // cfg.fps
-    controls = film_controls(cfg, codecs, transcript, character, first_frame, model.device)
-    options = {"guidance": guidance, "generator": torch.Generator().manual_seed(seed)}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"few": mode == "few", "guidance": guidance, "generator": generator}
     video_state = audio_state = None
-    for states in generate(model, controls, times, few=mode == "few", **options):
+    for states in generate(model, controls, times, **options):
         video, audio = split(cfg, states[-1])
         frames, video_state = codecs.video.decode_next(video, video_state)
         samples, audio_state = codecs.audio.decode_next(audio, audio_state)
@@ -869,15 +761,6 @@ def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Te
     return states, torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
 
 
-def deal_rows(b: int, weights: dict) -> dict[str, Tensor]:
-    """Deal the b rows of a batch in turn to the terms that weigh something: {term: its rows}."""
-    terms = [term for term, weight in weights.items() if weight]
-    rows = {}
-    for i, term in enumerate(terms):
-        rows[term] = torch.arange(i, max(b, i + 1), len(terms)) % b  # too few rows serve twice
-    return rows
-
-
 def mutual_forcing_loss(
     model,
     x: Tensor,
@@ -897,50 +780,41 @@ def mutual_forcing_loss(
 
     teacher: the model's EMA copy, whose two modes teach (our choice). real, fake: DMD's scores, the
     teacher or a bidirectional model, and the online fake-score model. weights: {term: weight}; a
-    term of weight 0 is not computed. extra: a fork's own objectives, {term: (weight, loss)} with
-    loss(model, x, history, controls) -> (loss, logs). steps: evaluations of a chunk in the rollout.
-    self_made: see rollout(). Our choice: the rows of the batch are dealt to the terms in turn, so
-    that each costs a share of it.
+    term of weight 0 is not computed. extra: a fork's own objectives, {term: objective} with
+    objective(model, x, history, controls) -> (loss, logs). steps: evaluations of a chunk in the
+    rollout. self_made: see rollout().
     """
-    if x.shape[1] < 2 * model.cfg.chunk:
+    cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
+    if x.shape[1] < 2 * cfg.chunk:
         raise UserError("clips must be at least two chunks long: one real, one to generate")
-    if weights.keys() - WEIGHTS or (extra or {}).keys() & {*WEIGHTS, "fake"}:
-        raise UserError(f"weights are of {', '.join(WEIGHTS)}; extra objectives have other names")
-    times, extra = time_grid(model.cfg, steps).to(x), extra or {}
-    weights = weights | {term: weight for term, (weight, _) in extra.items()}
-    rows, losses, logs = deal_rows(len(x), weights), {}, {}
+    weights, losses, logs = dict.fromkeys(WEIGHTS, 0) | weights, {}, {}
 
     # 1. The few-step mode generates the history, without gradient.
-    states, generated, history = None, None, x
-    if self_made or "dmd" in rows:
+    history = x
+    if self_made or weights["dmd"]:
         states, generated = rollout(model, x, controls, times, self_made)
         history = states[-1] if self_made else x
 
-    def rows_of(term):  # the term's rows of clips, history and controls
-        return x[rows[term]], history[rows[term]], controls.map(lambda tensor: tensor[rows[term]])
-
     # 2. The multi-step mode learns the real chunk, given that history.
-    if "flow" in rows:
-        losses["flow"], new = flow_matching_loss(model, *rows_of("flow"))
+    if weights["flow"]:
+        losses["flow"], new = flow_matching_loss(model, x, history, controls)
         logs |= new
 
     # 3. The EMA copy teaches the few-step mode to take large steps.
-    if "shortcut" in rows:
+    if weights["shortcut"]:
         options = {"teacher": teacher, "guidance": guidance}
-        losses["shortcut"], new = shortcut_loss(model, *rows_of("shortcut"), **options)
+        losses["shortcut"], new = shortcut_loss(model, x, history, controls, **options)
         logs |= new
 
     # 4. The few-step mode's films move toward the real score, and the fake score follows the films.
-    if "dmd" in rows:
-        films = [state[rows["dmd"]] for state in states]
+    if weights["dmd"]:
         options = {"real": real, "fake": fake, "guidance": guidance, "times": times}
         options |= {"generated": generated, "bidirectional": bidirectional}
-        losses["dmd"], losses["fake"], new = dmd_loss(model, films, *rows_of("dmd")[1:], **options)
+        losses["dmd"], losses["fake"], new = dmd_loss(model, states, history, controls, **options)
         logs |= new
 
     # 5. A fork's own objectives.
-    for term, (_, loss) in extra.items():
-        if term in rows:
-            losses[term], new = loss(model, *rows_of(term))
-            logs |= new
+    for term, objective in (extra or {}).items():
+        losses[term], new = objective(model, x, history, controls)
+        logs |= new
     return {term: weights.get(term, 1) * loss for term, loss in losses.items()}, logs

@@ -17,7 +17,8 @@ from tqdm import tqdm
 import mutual_forcing as mf
 from data import runs
 from data.checkpoint import CheckpointError, load_checkpoint, makes_films
-from data.codecs import make_codecs
+from data.codecs import Codecs, make_codecs
+from data.controls import ALPHABET, spell, stream_film
 from data.pictures import read_picture
 from data.typed import TypedText
 from data.writer import FilmWriter, delayed_interrupt
@@ -26,7 +27,7 @@ from mutual_forcing import Config, UserError
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
 
-def load_talker(path: Path, make_codecs) -> tuple[mf.AudioVideoTransformer, mf.Codecs]:
+def load_talker(path: Path, make_codecs) -> tuple[mf.AudioVideoTransformer, Codecs]:
     """A checkpoint that can stream a film. Raises CheckpointError for any other."""
     model, codecs, extra = load_checkpoint(path, make_codecs)
     if not makes_films(extra):
@@ -35,16 +36,16 @@ def load_talker(path: Path, make_codecs) -> tuple[mf.AudioVideoTransformer, mf.C
 
 
 def film_settings(args, cfg: Config) -> dict:
-    """The command line as arguments of mutual_forcing.stream(), which checks them."""
+    """The command line as arguments of stream_film(), which checks them."""
     names = ["character", "mode", "steps", "guidance", "seed"]
     settings = {name: getattr(args, name) for name in names}
     needed = 8.0
-    if args.say is not None and cfg.symbols != len(mf.ALPHABET):
+    if args.say is not None and cfg.symbols != len(ALPHABET):
         raise UserError("--say: the symbols of this model are not letters")
     if args.say == "-":
         needed = 24 * 3600.0  # at most
     elif args.say is not None:
-        symbols = [cfg.silence] * 2 + mf.spell(args.say)
+        symbols = [cfg.silence] * 2 + spell(args.say)
         if set(symbols) == {cfg.silence}:
             raise UserError("--say: nothing in it can be spoken; letters a to z can")
         needed = (len(symbols) + cfg.fps // 2) / cfg.fps
@@ -67,16 +68,16 @@ def make_film(args, make_codecs) -> int:
     codecs.to(device)
     cfg = model.cfg
     settings, loaded = film_settings(args, cfg), time.perf_counter()
-    num_frames = mf.num_frames(cfg, settings["seconds"])
     with delayed_interrupt() as interrupted:  # after which whole chunks are kept
         typed = TypedText(cfg, interrupted) if args.say == "-" else None
         if typed:
-            num_frames, settings["transcript"] = None, typed
-            film = typed.cut(mf.stream(model, codecs, **settings))
+            settings["transcript"] = typed
+            film = typed.cut(stream_film(model, codecs, **settings))
         else:
-            film = mf.stream(model, codecs, **settings)
+            film = stream_film(model, codecs, **settings)
         first_chunk = next(film)  # or what is wrong with the settings
         first_chunk_ms = 1000 * (time.perf_counter() - loaded)
+        num_frames = None if typed else round(settings["seconds"] * cfg.fps)
         writer = FilmWriter(args.out, cfg)
         try:
             with tqdm(total=num_frames, unit="frame", disable=None) as bar:

@@ -32,7 +32,8 @@ from data.checkpoint import (
     save_file,
 )
 from data.clips import drawer, fingerprint, load_clips
-from data.codecs import make_codecs
+from data.codecs import Codecs, make_codecs
+from data.controls import stream_film
 from data.writer import delayed_interrupt, film_strip
 from mutual_forcing import AudioVideoTransformer, Config, UserError
 
@@ -51,7 +52,7 @@ STAGES = {
     "codec": Plan(36000, 2e-3, (0.5,), 4),  # stage 0: the video codec
     "unimodal": Plan(1500),  # stage 1: both branches, each alone
     "joint": Plan(16000),  # stage 2
-    "mutual": Plan(600, 2e-4, (3.0,), 12, ema=0.99),  # stage 3
+    "mutual": Plan(600, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
 NO_TRANSCRIPT = 0.6  # share of films without transcript: the few-step mode has to learn most there
@@ -219,7 +220,7 @@ def save(state: State, args, is_due: bool = False) -> None:
         state.whole.load_state_dict(content["ema"][0])
         model, codecs = state.whole, state.codecs
         if state.stage == "codec":
-            model, codecs = state.transformer, mf.Codecs(state.whole, state.codecs.audio)
+            model, codecs = state.transformer, Codecs(state.whole, state.codecs.audio)
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
         extra |= {"command": args.command, "commit": args.commit, "minutes": args.minutes}
         save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
@@ -230,7 +231,7 @@ def save(state: State, args, is_due: bool = False) -> None:
         content |= {"settings": args.settings, "log_size": log_size, "minutes": args.minutes}
         save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole:  # else it cannot stream
-            film = mf.stream(model.to(args.device), codecs, seconds=6)
+            film = stream_film(model.to(args.device), codecs, seconds=6)
             picture = iio.imwrite("<bytes>", film_strip(list(film), state.cfg), extension=".png")
             replace_file(args.out / f"{state.stage}.png", picture)
     runs.any_process(False, args.device)  # the others wait until the first has written
@@ -252,7 +253,7 @@ def check(args, cfg: Config, stages: list[str]) -> None:
         raise UserError("--whole: is for a teacher's stages: unimodal and joint")
     if "mutual" not in stages and (args.teacher or args.history == "real" or args.guidance != 1):
         raise UserError("--teacher, --history and --guidance: are for stage 3, mutual")
-    weights = [*args.weights.values(), *[weight for weight, _ in (args.extra or {}).values()]]
+    weights = args.weights.values()
     if not any(weights) or not all(0 <= x <= 1000 for x in [*weights, args.guidance]):
         raise UserError("weights of objectives and --guidance are 0 to 1000; not all weights are 0")
     if not 0 <= args.seed < 2**63 or args.workers < 0:

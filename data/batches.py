@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.codecs import Film, encode_films, stack
-from mutual_forcing import Codecs, Config, Controls
+from data.codecs import Codecs, Film, encode_films, stack
+from mutual_forcing import Config, Controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mutual_forcing import AudioVideoTransformer, Codecs, Config, UserError
+from data.codecs import Codecs
+from mutual_forcing import AudioVideoTransformer, Config, UserError
 
 FORMAT = "mutual-forcing-5"
 

@@ -19,10 +19,11 @@ from numpy.random import Generator
 from tqdm import tqdm
 
 from data.codecs import Film
+from data.controls import ALPHABET
 from data.decoding import Clip, ClipError, decode_clip, stream_options
 from data.subtitles import read_transcript
 from data.talker import talk
-from mutual_forcing import ALPHABET, Config, UserError
+from mutual_forcing import Config, UserError
 
 SUBTITLES = (".vtt", ".srt")  # the first is taken if a clip has both
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif", ".svg")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mutual_forcing import Codecs, Config, Controls, UserError, join
+from mutual_forcing import Config, Controls, UserError, join
 
 
 class Film(NamedTuple):
@@ -23,6 +23,22 @@ class Film(NamedTuple):
     samples: np.ndarray  # float32 (F sample_rate / fps,)
     symbols: np.ndarray  # int (margin + F + margin,): what is said before, during and after
     character: int  # index into cfg.characters; their number stands for an unknown person
+
+
+class Codecs(nn.Module):
+    """The two codecs of a model (the paper: two VAEs).
+
+    Both are modules with encode(film) -> latents, decode(latents) -> film, and
+    decode_next(latents, state) -> (part of the film, state), which decodes a film chunk by chunk:
+    state is None for the first chunk, and then what the last call returned. Latents have about unit
+    variance. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim). audio:
+    float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m) that are
+    not returned yet; the last ones end the film.
+    """
+
+    def __init__(self, video: nn.Module, audio: nn.Module):
+        super().__init__()
+        self.video, self.audio = video, audio
 
 
 CELLS = 4  # cells of the video codec along one side of a token

@@ -100,7 +100,21 @@ def read_config(pairs: list[str]) -> Config:
         if kinds.get(name) not in (int, float) or not number.isdigit():
             raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
         sizes[name] = kinds[name](value)
-    return Config(**sizes)
+        if not 1e-9 <= sizes[name] < 2**20:
+            raise UserError(f"--config {pair}: out of range")
+    cfg = Config(**sizes)
+    samples = cfg.sample_rate * cfg.step_frames / cfg.fps  # of a latent frame
+    seen = (cfg.window + 1) * cfg.chunk_frames
+    for wrong, why in (
+        (cfg.grid**2 != cfg.tokens, "tokens must be a square number"),
+        (samples % cfg.tokens, "tokens must divide the samples of a latent frame"),
+        (cfg.sample_rate % cfg.fps, "sample_rate must be a multiple of fps"),
+        (cfg.width % (8 * cfg.heads), "width must be a multiple of 8 heads"),
+        (2 * seen > cfg.clock * cfg.fps, "clock must last twice window + 1 chunks"),
+    ):
+        if wrong:
+            raise UserError(f"--config {' '.join(pairs)}: {why}")
+    return cfg
 
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool, device) -> tuple:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mutual_forcing import Config, spell
+from data.controls import spell
+from mutual_forcing import Config
 
 # A time: hours (may be absent), minutes, seconds, and a decimal fraction of any number of digits.
 TIME = re.compile(r"(?:([0-9]+)\s*:\s*)?([0-9]+)\s*:\s*([0-9]+)(?:\s*[.,:]\s*([0-9]+))?")

@@ -13,7 +13,8 @@ from numpy import ndarray
 from numpy.random import Generator, default_rng
 
 from data.codecs import Film
-from mutual_forcing import ALPHABET, Config, UserError
+from data.controls import ALPHABET
+from mutual_forcing import Config, UserError
 
 NAMES = Config().characters  # the named characters; len(NAMES) as an index: an unknown person
 SILENCE = Config().silence  # a symbol; those below it are the letters

@@ -29,12 +29,13 @@ import train
 from data import checkpoint, runs
 from data.batches import Batches, film_batch
 from data.clips import drawer, fingerprint, load_clips, read_subtitles
-from data.codecs import AudioCodec, VideoCodec, encode_films, stack
+from data.codecs import AudioCodec, Codecs, VideoCodec, encode_films, stack
+from data.controls import spell
 from data.decoding import ClipError, decode_clip
 from data.pictures import read_picture
 from data.talker import talk
 from data.writer import FilmWriter
-from mutual_forcing import AudioVideoTransformer, Config, UserError, spell
+from mutual_forcing import AudioVideoTransformer, Config, UserError
 
 HERE = Path(__file__).parents[1]
 WHOLE = "WHOLE" in os.environ  # all seeds of the random tests, not a few
@@ -44,8 +45,8 @@ SMALL = "--config width=32 layers=1 heads=1 chunk=2 image=32 video_dim=32 --batc
 SMALL += " --seconds 0.75 1 --lr 1e-2 --device cpu --precision fp32 --from-scratch"
 
 
-def small_codecs(cfg: Config) -> mf.Codecs:
-    codecs = mf.Codecs(VideoCodec(cfg, fine=8, coarse=8), AudioCodec(cfg))
+def small_codecs(cfg: Config) -> Codecs:
+    codecs = Codecs(VideoCodec(cfg, fine=8, coarse=8), AudioCodec(cfg))
     return codecs.requires_grad_(False)
 
 

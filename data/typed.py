@@ -6,7 +6,7 @@ import select
 import sys
 import time
 
-import mutual_forcing as mf
+from data.controls import spell
 from mutual_forcing import Config, UserError
 
 
@@ -30,7 +30,7 @@ class TypedText:
                 text = os.read(sys.stdin.fileno(), 4096)  # one line, if it comes from a terminal
                 if not text:
                     break
-                symbols = mf.spell(text.decode(errors="ignore"))
+                symbols = spell(text.decode(errors="ignore"))
                 spoken = spoken or any(symbol != silence for symbol in symbols)
             self.waited += time.perf_counter() - began
         if not spoken and not self.interrupted:

@@ -31,6 +31,7 @@ import train
 from data import runs
 from data.batches import Batches, film_batch
 from data.codecs import make_codecs
+from data.controls import stream_film
 from data.talker import talk
 from data.writer import FilmWriter
 from lab.evaluate import markdown
@@ -126,7 +127,7 @@ def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
     began = clock(device)
     model, codecs = load(checkpoint, device, make_codecs)
     loaded = clock(device)
-    next(mf.stream(model, codecs, seconds=10, transcript=TEXT))
+    next(stream_film(model, codecs, seconds=10, transcript=TEXT))
     first_chunk_ms = 1000 * (clock(device) - loaded)
     return {"import_s": import_s, "load_s": loaded - began, "first_chunk_ms": first_chunk_ms}
 
@@ -139,7 +140,7 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
 
     def new_film():
         options = {"mode": mode, "steps": steps, "transcript": TEXT}
-        return mf.stream(model, codecs, seconds=86400, **options)
+        return stream_film(model, codecs, seconds=86400, **options)
 
     list(islice(new_film(), 3))  # to warm up
     chunks = max(1, round(seconds / cfg.chunk_seconds))

@@ -26,6 +26,7 @@ from data import runs
 from data.batches import Batches, film_batch
 from data.checkpoint import load_checkpoint, replace_file
 from data.codecs import make_codecs
+from data.controls import stream_film
 from data.talker import talk
 from lab.evaluate import evaluate, markdown
 from lab.ruler import FIGURES, windows_of
@@ -141,7 +142,7 @@ def likeness(model, codecs) -> list[float]:
     hooks = [block.out.register_forward_pre_hook(compare) for block in model.blocks]
     # One batch for both modes: the few-step mode's half, then the multi-step mode's.
     d = torch.cat([stop - t, 0 * t]).repeat_interleave(len(x), 0)
-    controls = controls.map(lambda c: torch.cat([c, c]))
+    controls = mf.Controls(*[torch.cat([control, control]) for control in controls])
     model(x_t.repeat(2, 1, 1), t, d, controls, x.repeat(2, 1, 1))
     for hook in hooks:
         hook.remove()
@@ -153,7 +154,7 @@ def draw_strip(model, codecs, name: str, seconds: float) -> bytes:
     cfg, shots = model.cfg, []
     for character in cfg.characters[:3]:
         words = {"transcript": "the quick brown fox jumps " * 6, "character": character}
-        film = mf.stream(model, codecs, seconds=seconds + 0.5, **words)
+        film = stream_film(model, codecs, seconds=seconds + 0.5, **words)
         frames = np.concatenate([frames for frames, _ in film])
         shots += [frames[2 * cfg.fps], frames[int(seconds * cfg.fps)]]
     strip = np.concatenate(shots, 1).repeat(2, 0).repeat(2, 1)

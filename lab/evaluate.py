@@ -19,7 +19,7 @@ from data import runs
 from data.batches import frames_of
 from data.checkpoint import same_format
 from data.clips import drawer, load_clips
-from data.codecs import Film, encode_films, make_codecs, stack
+from data.codecs import Codecs, Film, encode_films, make_codecs, stack
 from data.talker import talk
 from lab.ruler import (
     DEFAULT_FIGURES,
@@ -30,7 +30,7 @@ from lab.ruler import (
     score,
     windows_of,
 )
-from mutual_forcing import Codecs, Config, UserError
+from mutual_forcing import Config, UserError
 from sample import load_talker
 
 HELD_OUT = 2**40  # first word of the seeds that training never draws

@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl
 
-import mutual_forcing as mf
 from data import runs
 from data.codecs import make_codecs
+from data.controls import ALPHABET
 from lab.live_film import LiveFilm, to_bytes
 from mutual_forcing import UserError
 from sample import SHIPPED, load_talker
@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         names = "characters", "image", "fps", "sample_rate", "chunk_seconds"
         about = self.server.settings | {name: getattr(cfg, name) for name in names}
         page = Path(__file__).with_suffix(".html").read_text()
-        return page.replace("{{about}}", json.dumps(about | {"alphabet": mf.ALPHABET})).encode()
+        return page.replace("{{about}}", json.dumps(about | {"alphabet": ALPHABET})).encode()
 
     def post_open(self, query: dict, _) -> str:
         server, settings, name = self.server, self.settings(query), secrets.token_hex(8)
@@ -174,7 +174,7 @@ def make_server(argv, make_codecs) -> Server:
     args = parser.parse_args(argv)
     device = runs.find_device(args.device)
     model, codecs = load_talker(args.checkpoint, make_codecs)
-    if model.cfg.symbols != len(mf.ALPHABET):
+    if model.cfg.symbols != len(ALPHABET):
         raise UserError(f"{args.checkpoint}: the symbols of this model are not letters")
     if args.character not in (None, *model.cfg.characters):
         raise UserError(f"--character: there are {', '.join(model.cfg.characters)}")

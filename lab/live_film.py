@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import mutual_forcing as mf
+from data.controls import spell, stream_film
 from data.writer import FilmWriter
 from mutual_forcing import UserError
 
@@ -32,7 +33,7 @@ class LiveFilm:
     Only make() touches the streams, and one thread calls it.
     """
 
-    def __init__(self, model: mf.AudioVideoTransformer, codecs: mf.Codecs, settings: dict):
+    def __init__(self, model: mf.AudioVideoTransformer, codecs, settings: dict):
         """settings: what stream() takes beside seconds and transcript."""
         self.model, self.codecs, self.cfg = model, codecs, model.cfg
         self.samples_per_frame = model.cfg.sample_rate // model.cfg.fps
@@ -50,13 +51,13 @@ class LiveFilm:
 
     def say(self, text: str) -> int:
         """Append to the text that waits -> the number of the first frame that says it."""
-        symbols = mf.spell(text.strip())
+        symbols = spell(text.strip())
         if len(text) > LONGEST_TEXT or set(symbols) <= {self.cfg.silence}:
             raise UserError(f"a text has at most {LONGEST_TEXT} letters, and one of a to z")
         if len(self.waiting) > LONGEST_QUEUE:
             raise UserError("too much text waits already")
         first_frame = self.num_frames + len(self.read) + len(self.waiting)
-        self.waiting.extend(symbols + mf.spell(" "))
+        self.waiting.extend(symbols + spell(" "))
         return first_frame
 
     def restart(self, settings: dict, frame: int | None = None) -> None:
@@ -87,7 +88,7 @@ class LiveFilm:
             self.waiting.extendleft(reversed(self.read))  # the stream before did not say these
             self.read.clear()
             settings = {"seconds": 24 * 3600, "transcript": self.transcript()}
-            self.stream = mf.stream(self.model, self.codecs, **settings, **self.starts.popleft())
+            self.stream = stream_film(self.model, self.codecs, **settings, **self.starts.popleft())
             # Nor did it return the sound of its last samples.
             silent = self.num_frames * self.samples_per_frame - self.num_samples
         chunk = next(self.stream, None)

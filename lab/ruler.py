@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.codecs import Film
+from data.controls import ALPHABET
 from data.talker import LETTER_TABLE, draw_identity, mouth_of, pitch_of, voice
 from lab.looks import (
     Look,
@@ -19,7 +20,7 @@ from lab.looks import (
     stripes_of,
     to_units,
 )
-from mutual_forcing import ALPHABET, Config, UserError
+from mutual_forcing import Config, UserError
 
 FIGURES = {
     "transcript_error": "share of the transcript's letters that are misread from the sound",

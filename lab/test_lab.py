@@ -23,6 +23,7 @@ import sample
 import train
 from data.checkpoint import save_checkpoint
 from data.codecs import make_codecs
+from data.controls import spell, stream_film
 from data.decoding import decode_clip
 from lab import benchmark, claims, evaluate, live, live_film, ruler, score_line
 from mutual_forcing import AudioVideoTransformer, Config
@@ -171,7 +172,7 @@ def test_the_ruler_sees_the_films_that_stream_makes():
     film = films[16]  # alone in its batch, whose noise has a seed of its own
     given = {"transcript": film.symbols[TINY.margin :], "character": film.character}
     given |= {"first_frame": film.frames[0], "seed": 16}
-    parts = list(mf.stream(model, codecs, seconds=1, steps=2, **given))
+    parts = list(stream_film(model, codecs, seconds=1, steps=2, **given))
     assert np.array_equal(made.frames[16], np.concatenate([frames for frames, _ in parts]))
     samples = np.concatenate([samples for _, samples in parts])
     assert np.allclose(made.samples[16], samples, atol=1e-5)
@@ -267,7 +268,7 @@ def test_products_are_counted_once():
 
 def test_a_chunk_costs_its_steps_and_the_commit():
     def size(steps):  # multiplications of the fourth chunk: the window is full
-        film = mf.stream(lively(TINY), make_codecs(TINY), seconds=9, steps=steps)
+        film = stream_film(lively(TINY), make_codecs(TINY), seconds=9, steps=steps)
         for _ in range(3):
             next(film)
         return sum(math.prod(a) * b[-1] for a, b in benchmark.matrix_products(lambda: next(film)))
@@ -421,7 +422,7 @@ def read_chunks(ask, film: str, begin: int, end: int) -> tuple[np.ndarray, np.nd
 
 def streamed(server, transcript, **settings) -> tuple[np.ndarray, np.ndarray]:
     settings = {"seconds": 30, "character": "ada", "steps": 4, "seed": 3} | settings
-    film = mf.stream(server.model, server.codecs, transcript=transcript, **settings)
+    film = stream_film(server.model, server.codecs, transcript=transcript, **settings)
     frames, samples = zip(*islice(film, 8))
     return np.concatenate(frames), np.concatenate(samples)
 
@@ -434,7 +435,7 @@ def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
     assert ask(f"/say?film={film}", "héy".encode()) == (200, str(read).encode())
     assert ask(f"/say?film={film}", b"you") == (200, str(read + 12).encode())
     frames, samples, symbols = read_chunks(ask, film, 2, 8)
-    expected = [TINY.silence] * read + mf.spell("hey you")
+    expected = [TINY.silence] * read + spell("hey you")
     whole_frames, whole_samples = streamed(server, expected)
     assert np.array_equal(frames, whole_frames[8:])
     assert np.array_equal(samples, whole_samples[len(whole_samples) - len(samples) :])
@@ -450,7 +451,7 @@ def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
     assert ask(f"/say?film={film}", b"mama")[0] == 200
     assert ask(f"/restart?film={film}&frame=30&character=hana&seed=5", b"")[0] == 200
     frames, samples, _ = read_chunks(ask, film, 8, 11)
-    script = mf.spell("hey you mama")[32 - read :]
+    script = spell("hey you mama")[32 - read :]
     settings = {"character": "hana", "seed": 5, "first_frame": whole_frames[30]}
     new_frames, new_samples = streamed(server, script, **settings)
     assert np.array_equal(frames, new_frames[:12])
