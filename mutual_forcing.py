@@ -41,8 +41,15 @@ except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk l
 and step sizes are (B, S, 1): video and audio share them. A tensor of tokens is (2, B, S, N, D): its
 first axis is the branch, 0 for video and 1 for audio.
 
-Where the paper is silent, or we depart from it, the code says "our choice"; docs/departures.md has
-the measurements. Functions raise UserError for a user's mistakes.
+What we do differently                        and why (docs/departures.md: what each is worth)
+  x_t is added again to the output            v contains noise, of more values than D can hold
+  the transcript is added to the tokens       the time of each symbol is known: no cross-attention
+  a character is named, not described         the drawn world has no more to say than its name
+  frames are encoded one by one, as changes   an encoder of pairs shares one mouth between frames
+  sound is an exact MDCT, not a VAE           a small VAE cannot compress a hiss, which is noise
+  larger rate, smaller batches                millions of weights and two cores
+Where the paper is silent, the code says "our choice". Functions raise UserError for a user's
+mistakes.
 """
 
 import functools
@@ -257,7 +264,7 @@ class TextEmbedding(nn.Module):
 
 
 def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of latent frames (S,) -> cosines and sines of their tokens (S, 2 N, P / 2).
+    """Positions of latent frames (S,) -> cosines and sines of their tokens, each (S 2 N, P / 2).
 
     The 3-D rotary embedding: half of the pairs of a head rotate with time, in hops of sound, and
     half with the row and the column in the picture. A position of -1 has no time: its cosines and
@@ -277,11 +284,11 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     has_time = (positions >= 0)[:, None, None]
     cos = [time.cos() * has_time, place.cos().expand_as(time)]
     sin = [time.sin() * has_time, place.sin().expand_as(time)]
-    return torch.cat(cos, -1), torch.cat(sin, -1)
+    return torch.cat(cos, -1).flatten(0, 1), torch.cat(sin, -1).flatten(0, 1)
 
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys (..., S, 2 N, P), rotated: pair i is the values i and i + P / 2."""
+    """Queries or keys (..., S 2 N, P), rotated: pair i is the values i and i + P / 2."""
     (cos, sin), (a, b) = phases, x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x)
 
@@ -295,16 +302,6 @@ def without_time(k: Tensor) -> Tensor:
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm, modulated: tokens x (2, B, S, N, D), shift and scale broadcast to it."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax attention: q (B, H, S, 2 N, P), k and v of the latent frames that can be seen.
-
-    mask bool, a row for each token of q and a column for each token of k: who sees whom.
-    """
-    q_flat, k_flat, v_flat = q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3)
-    seen = F.scaled_dot_product_attention(q_flat, k_flat, v_flat, attn_mask=mask)
-    return seen.view(q.shape)
 
 
 class Block(nn.Module):
@@ -322,16 +319,16 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, phases, attend) -> Tensor:
         """Tokens (2, B, S, N, D) -> tokens after this block.
 
-        modulation (B, S, 1, 6 D) is shared by all blocks. attend(q, k, v), each (B, H, S, 2 N,
+        modulation (B, S, 1, 6 D) is shared by all blocks. attend(q, k, v), each (B, H, S 2 N,
         P), decides who sees whom, and returns what each token saw, of the same size.
         """
         six = (modulation + self.offset).chunk(6, -1)  # each (2, B, S, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
         qkv = self.qkv(normalise(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
-        # (2, B, S, N, 3, H, P) -> (3, B, H, S, 2 N, P)
-        qkv = qkv.permute(4, 1, 5, 2, 0, 3, 6).flatten(4, 5)
+        # (2, B, S, N, 3, H, P) -> (3, B, H, S 2 N, P)
+        qkv = qkv.permute(4, 1, 5, 2, 0, 3, 6).flatten(3, 5)
         q, k = rotate(F.layer_norm(qkv[:2], qkv.shape[-1:]), phases)  # QK-norm
-        seen = attend(q, k, qkv[2]).unflatten(3, (2, -1))
+        seen = attend(q, k, qkv[2]).unflatten(2, (-1, 2, x.shape[3]))
         # (B, H, S, 2, N, P) -> (2, B, S, N, H P)
         seen = seen.permute(3, 0, 2, 4, 1, 5).flatten(-2)
         x = torch.addcmul(x, gate1, self.out(seen))
@@ -363,7 +360,8 @@ class ParallelAttention:
 
     def __init__(self, cfg: Config, frames: int, chunk: int, has_history: bool, coupled: bool):
         """frames: S; coupled: whether the branches see each other (not in stage 1)."""
-        self.sink_frames = slice(1, 1 + chunk * has_history)
+        per_frame = 2 * cfg.tokens
+        self.sink = slice(per_frame, per_frame * (1 + chunk * has_history))  # tokens of chunk 0
         kind = [REFERENCE] + [HISTORY] * frames * has_history + [NOISED] * frames
         kind = torch.tensor(kind)  # of each latent frame
         chunk_of = torch.arange(frames) // chunk
@@ -379,11 +377,11 @@ class ParallelAttention:
         self.mask = torch.kron(mask.byte(), tokens.byte()).bool()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, H, S', 2 N, P) of [reference | history | noised] -> what each token saw."""
-        k = torch.cat([without_time(k[:, :, self.sink_frames]), k], 2)
-        v = torch.cat([v[:, :, self.sink_frames], v], 2)
+        """q, k, v (B, H, tokens, P) of [reference | history | noised] -> what each token saw."""
+        k = torch.cat([without_time(k[:, :, self.sink]), k], 2)
+        v = torch.cat([v[:, :, self.sink], v], 2)
         self.mask = self.mask.to(q.device)
-        return attention(q, k, v, self.mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
 
 
 class KVCache:
@@ -396,11 +394,11 @@ class KVCache:
 
     def __init__(self, cfg: Config):
         self.count, self.window = 0, cfg.window  # chunks committed; chunks kept
-        self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S, 2 N, P)
+        self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S 2 N, P)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = zip((k, v), *self.kept[layer])
-        return attention(q, torch.cat(keys, 2), torch.cat(values, 2))
+        return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
 
     def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """attend(), and keep: first the reference, then each chunk in the place of the oldest."""

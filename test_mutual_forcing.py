@@ -77,7 +77,9 @@ def some_case(chunks=6, **changes):
 
 
 def test_config_names_the_field_that_is_wrong():
-    wrong = "window=2.0 fps=x characters=9 shift=-4 chunk=0 fps=0 video_dim=-1 layers=1048576 tokens=3"
+    wrong = (
+        "window=2.0 fps=x characters=9 shift=-4 chunk=0 fps=0 video_dim=-1 layers=1048576 tokens=3"
+    )
     for pair in f"{wrong} width=100 clock=1 shift=nan nothing=1 sample_rate=8001".split():
         with pytest.raises(mf.UserError, match=pair):
             read_config([pair])
