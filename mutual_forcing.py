@@ -1,6 +1,6 @@
 """Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a
-talking character, picture and sound together, in 4 or 8 network evaluations per chunk.
-Each part uses only what stands above it.
+talking character, picture and sound together, in 4 or 8 denoising steps a chunk (and one evaluation
+that writes the finished chunk into the cache). Each part uses only what stands above it.
 
 The paper in six sentences. A transformer with a video and an audio branch, joined by one
 self-attention, generates a film chunk by chunk and keeps what it generated in a KV cache. One set
@@ -10,6 +10,9 @@ an interval, and takes 4 or 8 large steps. Stage 1 trains each branch alone, and
 them on real history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and
 the multi-step mode learns the real chunk that follows it. Then the multi-step mode teaches the
 few-step mode, by ShortCut and DMD.
+
+A history is a clean clip of the same length as the one that is learned; a chunk sees of it only the
+chunks before its own.
 
 The stages in code; train.py calls these lines (stage 0 trains the video codec, data/codecs.py):
 
@@ -21,18 +24,21 @@ The stages in code; train.py calls these lines (stage 0 trains the video codec, 
     #      history = states[-1]                                      without gradient
     #   2. flow_matching_loss(model, x, history, controls)           the multi-step mode learns
     #   3. shortcut_loss(model, x, history, controls, teacher=ema)   it teaches the few-step mode
-    #   4. dmd_loss(model, states, history, controls, real=ema, fake=fake, ...)   and so does DMD
-    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real=ema, fake=fake)
-    # Self-Forcing, for comparison: DMD alone, toward a bidirectional teacher, which is trained as
-    # in stage 2, but with one chunk as long as the clip and therefore without history.
-    losses, logs = mutual_forcing_loss(model, x, controls, teacher=None, real=bidirectional_model,
-                                       fake=fake, weights={"dmd": 1}, bidirectional=True)
+    #   4. dmd_loss(model, states, history, controls, ...)           and so does DMD
+    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real_score=ema,
+                                       fake_score=fake_score)
+    # Self-Forcing, for comparison: DMD alone, toward the score of a bidirectional model, which has
+    # one chunk as long as the clip, and therefore no history.
+    loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
+    losses, logs = mutual_forcing_loss(model, x, controls, teacher=None, real_score=bidirectional,
+                                       fake_score=fake_score, weights={"dmd": 1}, bidirectional=True)
 
 Axes                                        Symbols
   B  films in a batch                         x       clean latents
   F  frames of the picture                    x_t     noised latents, (1 - t) noise + t x
   S  latent frames (cfg.step_frames frames)   t       time: 0 is noise, 1 is data
-  N  tokens of one branch, one latent frame   d       step size; 0 selects the multi-step mode
+  N  tokens of one branch, one latent frame   d       step size that the network is told; the
+                                                      multi-step mode is told 0
   D  width; H heads; P values of a head       v       velocity; its target for data is x - noise
   E  values of a latent frame: all video values, then all audio values
 
@@ -63,7 +69,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
-DEFAULT_STEPS = {"few": 4, "multi": 50}  # evaluations of a chunk in each mode
+DEFAULT_STEPS = {"few": 4, "multi": 50}  # denoising steps of a chunk in each mode
 WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's is our choice
 
 
@@ -82,7 +88,7 @@ class Config:
     fps: int = 16  # frames per second
     step_frames: int = 2  # frames of one latent frame
     sample_rate: int = 8000  # samples per second
-    tokens: int = 4  # N, of each branch: a square of the picture, or a hop of sound
+    tokens: int = 4  # N, of each branch: a square of the picture, or a hop of sound; 1, 4, 9 ...
     video_dim: int = 256  # values of a video token
     audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
@@ -126,7 +132,7 @@ class Controls(NamedTuple):
     """What steers films. Each control has a value that means "not given"."""
 
     symbols: Tensor  # (B, margin + F + margin) long, a symbol per frame; cfg.unknown: not given
-    character: Tensor  # (B,) long, index into cfg.characters; their number: not given
+    character: Tensor  # (B,) long, index into cfg.characters; len(cfg.characters): not given
     first_frame: Tensor  # (B, 1, N, video_dim), a picture as one latent frame
     has_first_frame: Tensor  # (B,) bool
 
@@ -174,8 +180,8 @@ def time_grid(cfg: Config, steps: int) -> Tensor:
     return warp(torch.linspace(0, 1, steps + 1), cfg.shift)[:, None, None, None]
 
 
-def each_frame(per_chunk: Tensor, chunk: int) -> Tensor:
-    """A number for each chunk (B, chunks) -> the number of each latent frame (B, S, 1)."""
+def each_latent_frame(per_chunk: Tensor, chunk: int) -> Tensor:
+    """Repeat a value of each chunk (B, chunks) for its latent frames: (B, S, 1)."""
     return per_chunk.repeat_interleave(chunk, 1)[..., None]
 
 
@@ -185,7 +191,7 @@ def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     Our choice: progress is logit-normal.
     """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
-    return each_frame(warp(u, cfg.shift), chunk).to(x)
+    return each_latent_frame(warp(u, cfg.shift), chunk).to(x)
 
 
 def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -279,8 +285,8 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     turned = ticks[..., None] * rotations.to(positions.device) % period
     time = 2 * math.pi / period * turned  # (S, 2 N, P / 4)
     side, rates = torch.arange(cfg.grid), torch.logspace(0, -1, pairs // 2)
-    place = torch.cartesian_prod(side, side).view(-1, 2, 1) * rates  # (N, 2, P / 8)
-    place = F.pad(place.flatten(1), (0, 0, 0, cfg.tokens)).to(positions.device)  # sound has none
+    row_column = torch.cartesian_prod(side, side).view(-1, 2, 1) * rates  # (N, 2, P / 8)
+    place = F.pad(row_column.flatten(1), (0, 0, 0, cfg.tokens)).to(positions.device)  # sound: 0
     has_time = (positions >= 0)[:, None, None]
     cos = [time.cos() * has_time, place.cos().expand_as(time)]
     sin = [time.sin() * has_time, place.sin().expand_as(time)]
@@ -358,14 +364,14 @@ class ParallelAttention:
     film of any length has no position that training never saw (our choice).
     """
 
-    def __init__(self, cfg: Config, frames: int, chunk: int, has_history: bool, coupled: bool):
-        """frames: S; coupled: whether the branches see each other (not in stage 1)."""
+    def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
+        """length: S, latent frames; coupled: whether the branches see each other (not in stage 1)."""
         per_frame = 2 * cfg.tokens
         self.sink = slice(per_frame, per_frame * (1 + chunk * has_history))  # tokens of chunk 0
-        kind = [REFERENCE] + [HISTORY] * frames * has_history + [NOISED] * frames
+        kind = [REFERENCE] + [HISTORY] * length * has_history + [NOISED] * length
         kind = torch.tensor(kind)  # of each latent frame
-        chunk_of = torch.arange(frames) // chunk
-        chunk_of = torch.cat([torch.tensor([0]), *[chunk_of] * (1 + has_history)])
+        chunk_of = (torch.arange(length) // chunk).repeat(1 + has_history)
+        chunk_of = F.pad(chunk_of, (1, 0))
         row_kind, row_chunk = kind[:, None], chunk_of[:, None]
         same = (kind == row_kind) & (chunk_of == row_chunk)
         in_window = (chunk_of < row_chunk) & (chunk_of >= row_chunk - cfg.window)
@@ -373,8 +379,8 @@ class ParallelAttention:
         sees_sink = (row_chunk > 0).expand(-1, chunk * has_history)
         mask = torch.cat([sees_sink, mask], 1)
         branch = torch.arange(2).repeat_interleave(cfg.tokens)
-        tokens = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
-        self.mask = torch.kron(mask.byte(), tokens.byte()).bool()
+        branch_mask = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
+        self.mask = torch.kron(mask.byte(), branch_mask.byte()).bool()
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, tokens, P) of [reference | history | noised] -> what each token saw."""
@@ -389,7 +395,7 @@ class KVCache:
 
     Each layer keeps those of [reference, sink, the last cfg.window chunks]. An evaluation sees them
     and the current chunk. A commit, at t = 1 and d = 0, also keeps the current chunk, in the place
-    of the oldest one. Keys are stored after their rotation, because the phases are periodic.
+    of the oldest one. Keys are stored rotated: attention depends only on the distance in time.
     """
 
     def __init__(self, cfg: Config):
@@ -405,8 +411,8 @@ class KVCache:
         seen, kept = self.attend(layer, q, k, v), self.kept[layer]
         if len(kept) == 1:  # chunk 0 becomes the sink, too
             kept.append((without_time(k), v))
-        place = 2 + self.count % self.window
-        kept[place : place + 1] = [(k, v)]
+        slot = 2 + self.count % self.window
+        kept[slot : slot + 1] = [(k, v)]  # a slot beyond the end appends
         return seen
 
 
@@ -444,7 +450,7 @@ class AudioVideoTransformer(nn.Module):
     def device(self) -> torch.device:
         return self.place.device
 
-    def tokens(self, x_t, t, d, text, character) -> tuple[Tensor, Tensor]:
+    def embed_latents(self, x_t, t, d, text, character) -> tuple[Tensor, Tensor]:
         """x_t (B, S, E), t, d (B, S, 1) -> tokens (2, B, S, N, D), conditioning (B, S, 1, D).
 
         text (2, B, S, N, D): the transcript, embedded; character (B,).
@@ -454,7 +460,7 @@ class AudioVideoTransformer(nn.Module):
         return x + text + self.place, self.conditioning(t, d, character)
 
     def reference(self, controls: Controls) -> tuple[Tensor, Tensor]:
-        """The first frame, or what stands in for it, as one clean latent frame; like tokens().
+        """The first frame, or what stands in for it, as one clean latent frame; like embed_latents().
 
         Our choice: it has no transcript and no time, and its audio tokens are learned.
         """
@@ -475,9 +481,10 @@ class AudioVideoTransformer(nn.Module):
     def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor) -> Tensor:
         """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) -> v (B, S, E).
 
-        Our choice: v contains noise, of more values than D can hold. So x_t is added again: in
-        video times a number that depends on t, in audio times a factor that a token predicts for
-        each value, as a Wiener filter does, because a hiss is noise, too.
+        Our choice: v contains noise, whose independent values are more than the D of a token, so
+        they cannot pass through the blocks. Therefore x_t is added again: in video times a number
+        predicted from the conditioning, in audio times a factor that the token predicts for each
+        value, as a Wiener filter does, because a hiss is noise, too.
         """
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video, audio = split(self.cfg, x_t)
@@ -498,9 +505,9 @@ class AudioVideoTransformer(nn.Module):
         assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
         t, d = t.expand(b, s, 1), d.expand(b, s, 1)
         text, character = self.text(controls.symbols), controls.character
-        parts = [self.reference(controls), self.tokens(x_t, t, d, text, character)]
+        parts = [self.reference(controls), self.embed_latents(x_t, t, d, text, character)]
         if history is not None:
-            clean = self.tokens(history, torch.ones_like(t), 0 * d, text, character)
+            clean = self.embed_latents(history, torch.ones_like(t), 0 * d, text, character)
             parts.insert(1, clean)
         x = torch.cat([tokens for tokens, _ in parts], 2)
         conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
@@ -528,7 +535,7 @@ class AudioVideoTransformer(nn.Module):
         b, s = x_t.shape[:2]
         positions = cache.count * self.cfg.chunk + torch.arange(s, device=x_t.device)
         text, t, d = self.text(controls.symbols), t.expand(b, 1, 1), d.expand(b, 1, 1)
-        x, conditioning = self.tokens(x_t, t, d, text, controls.character)
+        x, conditioning = self.embed_latents(x_t, t, d, text, controls.character)
         x = self.run_blocks(x, conditioning, positions, cache.commit if commit else cache.attend)
         cache.count += int(commit)
         return self.read_out(x, conditioning, x_t)
@@ -537,54 +544,57 @@ class AudioVideoTransformer(nn.Module):
 # ---- The denoising loop and the streaming sampler ------------------------------------------------
 
 
-def denoise(velocity, x: Tensor, times: Tensor) -> list[Tensor]:
+def denoise(velocity, x: Tensor, times: Tensor, few: bool = True) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]. Returns the state at every time.
 
-    velocity(x_t, t, d) -> v; times (K + 1, 1, 1, 1).
+    velocity(x_t, t, d) -> v is told the step size, or 0 in multi-step mode (few False); times
+    (K + 1, 1, 1, 1).
     """
     states = [x]
     for t, end in pairwise(times):
-        x = x + (end - t) * velocity(x, t, end - t)
+        step_size = end - t
+        x = x + step_size * velocity(x, t, step_size * few)
         states.append(x)
     return states
 
 
+def guided_step(model, x_t, t, d, controls, cache, guidance) -> Tensor:
+    """model.step() under classifier-free guidance, for which controls and cache hold every film
+    twice: with its controls, and without."""
+    if guidance == 1:
+        return model.step(x_t, t, d, controls, cache)
+    v, v_null = model.step(x_t.repeat(2, 1, 1), t, d, controls, cache).chunk(2)
+    return torch.lerp(v_null, v, guidance)
+
+
 @torch.no_grad()
-def generate(
-    model, controls, times, *, few=True, guidance=1.0, generator=None, clips=None, self_made=True
-):
-    """Generate films through the cache; yields the states of each chunk (see denoise).
+def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, first_chunk=None):
+    """Generate films through the cache; yields the states of each chunk (see denoise()).
 
     controls: any iterable of the Controls of each chunk, read when the chunk is due. times (K + 1,
-    1, 1, 1). few: tell the network the step size d, or 0 (multi-step mode). A guidance other than 1
-    adds films without controls to the batch. Training gives real clips (B, S, E), whose first chunk
-    stands as it is; with self_made False every chunk is generated, but the cache keeps real ones.
+    1, 1, 1). few: see denoise(). guidance: 1 is none. first_chunk: real latents (B, cfg.chunk, E),
+    which begin the films as they are.
     """
     cfg, times, cache = model.cfg, times.to(model.device), None
-    copies = 1 if guidance == 1 else 2
-    data, zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
-
-    def velocity(x_t, t, d, given):
-        v = model.step(x_t.repeat(copies, 1, 1), t, d * few, given, cache)
-        return v if copies == 1 else torch.lerp(v[len(x_t) :], v[: len(x_t)], guidance)
-
-    for index, given in enumerate(controls):
-        shape = (len(given.character), cfg.chunk, cfg.latent_values)
-        if copies == 2:
+    t_data, d_zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
+    device = generator.device if generator else model.device
+    for given in controls:
+        shape, copies = (len(given.character), cfg.chunk, cfg.latent_values), 1
+        if guidance != 1:
             given = Controls(*[torch.cat(pair) for pair in zip(given, given.dropped(cfg))])
-        cache = cache or model.start(given)
-        real = None if clips is None else clips[:, index * cfg.chunk : (index + 1) * cfg.chunk]
-        if real is not None and index == 0 and self_made:
-            states = [real] * len(times)
+            copies = 2
+        if cache is None:
+            cache = model.start(given)
+        if cache.count == 0 and first_chunk is not None:
+            states = [first_chunk] * len(times)  # never noised; the objectives leave it out
         else:
             # A CPU generator's noise is the same on every device.
-            device = generator.device if generator else model.device
-            x = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
-            from_noise = functools.partial(velocity, given=given)
-            states = denoise(from_noise, x.to(model.device), times)
+            noise = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
+            options = {"controls": given, "cache": cache, "guidance": guidance}
+            velocity = functools.partial(guided_step, model, **options)
+            states = denoise(velocity, noise.to(model.device), times, few)
         yield states
-        finished = (states[-1] if self_made else real).repeat(copies, 1, 1)
-        model.step(finished, data, zero, given, cache, commit=True)
+        model.step(states[-1].repeat(copies, 1, 1), t_data, d_zero, given, cache, commit=True)
 
 
 @torch.inference_mode()
@@ -599,15 +609,9 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
     frames, and the last chunk brings the rest.
     """
     cfg = model.cfg
-    if mode not in DEFAULT_STEPS:
-        raise UserError(f"mode must be few or multi, not {mode!r}")
-    if not 1 / cfg.fps <= seconds <= 24 * 3600:
-        raise UserError(f"seconds must be between 1/{cfg.fps} and 86400, not {seconds}")
-    if not 0 <= guidance <= 1000 or not 0 <= seed < 2**63:
-        raise UserError("guidance is between 0 and 1000, seed between 0 and 2^63")
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
     frames_left = round(seconds * cfg.fps)
-    samples_left = frames_left * cfg.sample_rate // cfg.fps
+    samples_left = round(seconds * cfg.fps) * cfg.sample_rate // cfg.fps
     generator = torch.Generator().manual_seed(seed)
     options = {"few": mode == "few", "guidance": guidance, "generator": generator}
     video_state = audio_state = None
@@ -617,7 +621,7 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
         samples, audio_state = codecs.audio.decode_next(audio, audio_state)
         frames = frames[0, :frames_left].cpu().numpy()
         frames_left -= len(frames)
-        samples = samples[0] if frames_left else torch.cat([samples[0], audio_state[0]])
+        samples = samples[0] if frames_left else torch.cat([samples[0], audio_state[0]])  # the end
         samples = samples[:samples_left].cpu().numpy()
         samples_left -= len(samples)
         yield frames, samples
@@ -626,7 +630,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
 
 
 # ---- The objectives ------------------------------------------------------------------------------
-# Each is a function that returns (loss, logs); dmd_loss() returns two losses.
+# Each is a function that returns (loss, logs); dmd_loss() returns two losses. Training drops some of
+# the controls (data/batches.py), as guidance and films without transcript need it.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
@@ -658,15 +663,7 @@ def flow_matching_loss(model, x, history, controls, *, generated=None, chunk=Non
     t = draw_times(cfg, x, chunk or cfg.chunk)
     noise = torch.randn_like(x)
     v = model(add_noise(x, noise, t), t, torch.zeros_like(t), controls, history, chunk, coupled)
-    error = v - (x - noise)
-    loss, logs = mean_square("flow", cfg, error, generated)
-    # The loss by noise level: 0 near noise, 3 near data.
-    borders = warp(torch.tensor([0.25, 0.5, 0.75]), cfg.shift).to(t)
-    level = torch.bucketize(t[..., 0].contiguous(), borders, right=True)
-    for name, part in zip(BRANCHES, split(cfg, error.detach())):
-        for number in level.unique().tolist():
-            logs[f"flow_{name}_level{number}"] = part[level == number].square().mean().item()
-    return loss, logs
+    return mean_square("flow", cfg, v - (x - noise), generated)
 
 
 def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
@@ -682,11 +679,11 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
     steps = 4 * torch.randint(1, 3, (len(x), x.shape[1] // cfg.chunk))  # 4 or 8
     index = (torch.rand(steps.shape) * steps).floor()
     corners = [warp((index + part) / steps, cfg.shift) for part in (0, 0.5, 1)]
-    t, middle, end = [each_frame(corner, cfg.chunk).to(x) for corner in corners]
-    by_few = each_frame(steps == 4, cfg.chunk).to(x)  # 1: the few-step mode teaches; 0: the other
+    t, middle, end = [each_latent_frame(corner, cfg.chunk).to(x) for corner in corners]
+    by_few = each_latent_frame(steps == 4, cfg.chunk).to(x)  # 1 where the few-step mode teaches
 
-    # 2. Without gradient, the teacher takes the two half steps. Only the multi-step mode is guided:
-    #    the few-step mode has learned guidance already.
+    # 2. Without gradient, the teacher takes the two half steps. Only its multi-step mode is guided:
+    #    from it the few-step mode learns the guidance.
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * by_few
     x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
@@ -703,7 +700,17 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
 
 
 def dmd_loss(
-    model, states, history, controls, *, real, fake, times, generated, guidance=1.0, bidirectional
+    model,
+    states,
+    history,
+    controls,
+    *,
+    real_score,
+    fake_score,
+    times,
+    generated,
+    guidance=1.0,
+    bidirectional=False,
 ) -> tuple[Tensor, Tensor, dict]:
     """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
 
@@ -714,48 +721,54 @@ def dmd_loss(
     cfg = model.cfg
     score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
 
-    # 1. Take one denoising step k again (our choice). The film's value is the sampler's last state;
-    #    its gradient is that of step k, which moved it by d v.
+    # 1. Take one denoising step k of all chunks again, now with gradient and in parallel (our
+    #    choice). The film's value is the sampler's last state; its gradient is that of step k,
+    #    which moved it by d v. The later steps count as constants.
     k = int(torch.randint(len(times) - 1, ()))
     t_k, d_k = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
     v = model(states[k], t_k, d_k, controls, history)
     film = states[-1] + d_k * (v - v.detach())
 
-    # 2. Noise the film again, and let both scores say where it came from. The gradient is their
-    #    difference, divided by the mean error of the real score in each chunk and branch.
+    # 2. Noise the film again, and let both scores predict the clean film. Their difference, divided
+    #    by the mean error of the real score in each chunk and branch, is the gradient of half the
+    #    squared distance to `target`.
     with torch.no_grad():
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
         zero = torch.zeros_like(t)
-        v_real = guided(real, x_t, t, zero, controls, score_history, guidance, chunk)
-        v_fake = fake(x_t, t, zero, controls, score_history, chunk)
+        v_real = guided(real_score, x_t, t, zero, controls, score_history, guidance, chunk)
+        v_fake = fake_score(x_t, t, zero, controls, score_history, chunk)
         x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
         gradients = []
         for part, x_r, x_f in zip(split(cfg, film), split(cfg, x_real), split(cfg, x_fake)):
             error = (part - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
-            scale = each_frame(error, chunk)[..., None].clamp(min=1e-6)
+            scale = each_latent_frame(error, chunk)[..., None].clamp(min=1e-6)
             gradients.append((x_f - x_r) / scale)
         target = film - join(*gradients)
     loss, logs = mean_square("dmd", cfg, film - target, generated)
 
     # 3. The fake score learns these films.
-    options = {"generated": generated, "chunk": chunk}
-    fake_loss, fake_logs = flow_matching_loss(fake, states[-1], score_history, controls, **options)
+    given, options = (states[-1], score_history, controls), {"generated": generated, "chunk": chunk}
+    fake_loss, fake_logs = flow_matching_loss(fake_score, *given, **options)
     logs |= {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
     return 0.5 * loss, fake_loss, logs
 
 
 @torch.no_grad()
 def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Tensor]:
-    """The few-step mode's own films of the clips x (B, S, E), through the streaming cache.
+    """The few-step mode's own films of the clips x (B, S, E), without gradient.
 
-    self_made: continue its own films from noise after one real chunk; False (teacher forcing):
-    generate every chunk on real history. Returns all states of the sampler (see generate), and bool
-    (S,): the latent frames that were generated.
+    self_made: after one real chunk it continues its own films from noise, through the streaming
+    cache. False (teacher forcing): every chunk follows the real ones. Returns the states of the
+    films at all times (see denoise()), and bool (S,): the latent frames that were generated.
     """
     cfg = model.cfg
-    films = generate(model, controls.chunks(cfg), times, clips=x, self_made=self_made)
-    states = [torch.cat(parts, 1) for parts in zip(*films)]
+    if self_made:
+        films = generate(model, controls.chunks(cfg), times, first_chunk=x[:, : cfg.chunk])
+        states = [torch.cat(chunks, 1) for chunks in zip(*films)]
+    else:
+        velocity = functools.partial(model, controls=controls, history=x)
+        states = denoise(velocity, torch.randn_like(x), times)
     return states, torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
 
 
@@ -765,8 +778,8 @@ def mutual_forcing_loss(
     controls: Controls,
     *,
     teacher,
-    real,
-    fake,
+    real_score,
+    fake_score,
     weights: dict = WEIGHTS,
     extra: dict | None = None,
     steps: int = 4,
@@ -776,11 +789,11 @@ def mutual_forcing_loss(
 ) -> tuple[dict, dict]:
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
-    teacher: the model's EMA copy, whose two modes teach (our choice). real, fake: DMD's scores, the
-    teacher or a bidirectional model, and the online fake-score model. weights: {term: weight}; a
-    term of weight 0 is not computed. extra: a fork's own objectives, {term: objective} with
-    objective(model, x, history, controls) -> (loss, logs). steps: evaluations of a chunk in the
-    rollout. self_made: see rollout().
+    teacher: the model's EMA copy, whose two modes teach (our choice). real_score, fake_score: of
+    DMD, the EMA copy or a bidirectional model, and the online model of the few-step mode's films.
+    weights: {term: weight}; a term of weight 0 or without weight is not computed. extra: a fork's
+    own objectives, {term: objective}, objective(model, x, history, controls) -> (loss, logs).
+    steps: denoising steps of a chunk in the rollout. self_made: see rollout().
     """
     cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
     if x.shape[1] < 2 * cfg.chunk:
@@ -806,8 +819,8 @@ def mutual_forcing_loss(
 
     # 4. The few-step mode's films move toward the real score, and the fake score follows the films.
     if weights["dmd"]:
-        options = {"real": real, "fake": fake, "guidance": guidance, "times": times}
-        options |= {"generated": generated, "bidirectional": bidirectional}
+        options = {"real_score": real_score, "fake_score": fake_score, "guidance": guidance}
+        options |= {"times": times, "generated": generated, "bidirectional": bidirectional}
         losses["dmd"], losses["fake"], new = dmd_loss(model, states, history, controls, **options)
         logs |= new
 

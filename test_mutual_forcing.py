@@ -139,6 +139,7 @@ def test_analytic_velocity_returns_the_data(steps):
 def test_equal_instants_have_equal_phase_in_both_branches_and_turns_are_whole():
     period = TINY.clock * TINY.fps // TINY.step_frames
     cos, sin = mf.rotary_phases(TINY, torch.arange(period + 1))
+    cos, sin = (table.unflatten(0, (period + 1, 2 * TINY.tokens)) for table in (cos, sin))
     for table in (cos, sin):
         time, place = table.chunk(2, -1)
         video, audio = time[:, : TINY.tokens], time[:, TINY.tokens :]
@@ -258,9 +259,8 @@ def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
         for pair, before in zip(cache.kept[-1], states[-1], strict=True):
             assert torch.equal(torch.stack(pair), before)
         model.step(chunk, ONE, 0 * ONE, own, cache, commit=True)
-        frames = [
-            k.shape[2] for k, _ in cache.kept[-1]
-        ]  # of the reference, the sink, and the window
+        # Latent frames of the reference, the sink, and the window.
+        frames = [k.shape[2] / (2 * TINY.tokens) for k, _ in cache.kept[-1]]
         assert frames == [1] + [TINY.chunk] * (1 + min(i + 1, TINY.window))
     reference, sink, newest = states[1]
     timeless = newest[0].unflatten(-1, (2, 2, -1)) * torch.tensor([[0.0], [1.0]])  # time, place
@@ -358,7 +358,7 @@ def test_stream_takes_4_steps_or_50_unless_told_and_guidance_of_one_is_none():
 def test_stream_refuses_what_it_cannot_do():
     model, options = lively(), [("seconds", 0), ("steps", 0), ("seed", -1), ("seconds", 1e6)]
     options += [("seconds", math.nan), ("guidance", math.nan), ("character", 9)]
-    options += [("mode", "both"), ("character", "nobody"), ("transcript", [99])]
+    options += [("character", "nobody"), ("transcript", [99])]
     options += [("first_frame", np.zeros((16, 16, 3))), ("first_frame", np.uint8([[[0] * 3]]))]
     for name, value in options:
         with pytest.raises(mf.UserError):
@@ -392,7 +392,7 @@ def test_stage_2_overfits_a_batch_and_leaves_both_modes_equal_bit_for_bit():
 def stage3(b=3, chunks=6, frozen=(), **options):
     """Losses and logs of a step of stage 3, and its models."""
     torch.manual_seed(0)
-    nets = {name: lively() for name in ("model", "teacher", "real", "fake")}
+    nets = {name: lively() for name in ("model", "teacher", "real_score", "fake_score")}
     for name in frozen:
         nets[name].requires_grad_(False)
     x, _, controls = some_clip(b, chunks)
@@ -407,7 +407,7 @@ def test_each_objective_reaches_the_weights_of_both_branches(term, history, bf16
     with train.autocast(args):
         losses, logs, nets = stage3(self_made=history == "few")
     losses[term].backward()
-    net = nets.pop("fake" if term == "fake" else "model")
+    net = nets.pop("fake_score" if term == "fake" else "model")
     for weight in (net.place, net.blocks[0].qkv.weight, net.blocks[-1].down.weight):
         assert weight.grad.abs().flatten(1).amax(1).min() > 0  # of video and of audio
     for layer in (*net.embed, *net.head):
@@ -420,7 +420,7 @@ def test_each_objective_reaches_the_weights_of_both_branches(term, history, bf16
 
 
 @pytest.mark.parametrize(
-    "term, moves, frozen", [("dmd", "model", "fake"), ("fake", "fake", "model")]
+    "term, moves, frozen", [("dmd", "model", "fake_score"), ("fake", "fake_score", "model")]
 )
 def test_generator_and_fake_score_move_apart(term, moves, frozen):
     losses, _, nets = stage3(weights={"dmd": 1}, frozen=[frozen])
@@ -440,21 +440,21 @@ def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
     assert {term for term in usual if guided[term] != usual[term]} == {"shortcut", "dmd"}
     mine = mock.Mock(return_value=(torch.tensor(3.0), {"mine": 3.0}))  # a fork's own
     options = {"weights": {"flow": 1, "dmd": 0}, "extra": {"mine": mine}}
-    losses, logs, _ = stage3(**options, real=None, fake=None)
+    losses, logs, _ = stage3(**options, real_score=None, fake_score=None)
     assert list(losses) == ["flow", "mine"] and losses["mine"] == 3 and logs["mine"] == 3
     with pytest.raises(mf.UserError, match="two chunks"):
         stage3(chunks=1)
 
 
-@pytest.mark.parametrize("history", ["few", "real", "guided"])
+@pytest.mark.parametrize("history", ["few", "guided"])
 def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
     model, (x, _, controls), times = lively(), some_clip(chunks=7), mf.time_grid(TINY, 2)
     if history == "guided":
         films = mf.generate(model, controls.chunks(TINY), times, guidance=3.0)
         states, generated = [torch.cat(parts, 1) for parts in zip(*films)], torch.ones(14).bool()
     else:
-        states, generated = mf.rollout(model, x, controls, times, history == "few")
-    given = {"controls": controls, "history": x if history == "real" else states[-1]}
+        states, generated = mf.rollout(model, x, controls, times)
+    given = {"controls": controls, "history": states[-1]}
     given["guidance"] = 3.0 if history == "guided" else 1.0
     out = states[0]
     for t, d in zip(times, times.diff(dim=0)):
@@ -462,7 +462,7 @@ def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
     assert (out - states[-1])[:, generated].abs().max() < 1e-4 * out.std()
     assert 0.9 < states[0][:, generated].std() < 1.1  # from noise
     assert torch.equal(states[-1][:, ~generated], x[:, ~generated])
-    assert generated.tolist() == TINY.chunk * [history != "few"] + 6 * TINY.chunk * [True]
+    assert generated.tolist() == TINY.chunk * [history == "guided"] + 6 * TINY.chunk * [True]
     assert not any(state.requires_grad for state in states)
 
 
@@ -527,7 +527,7 @@ def dmd_gradient(mean_real, mean_fake, times, generated=None):
     net = analytic(lambda z, t, d: torch.where(IS_VIDEO, *offset).expand_as(z))
     real = analytic(lambda z, t, d: gaussian(z, t, mean_real))
     fake = analytic(lambda z, t, d: gaussian(z, t, mean_fake))
-    options = {"real": real, "fake": fake, "times": times, "bidirectional": False}
+    options = {"real_score": real, "fake_score": fake, "times": times}
     options["generated"] = torch.ones(12).bool() if generated is None else generated
     loss, _, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, **options)
     loss.backward()

@@ -112,7 +112,7 @@ class State:
 def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict]:
     """The losses of a training step by term, and values to log."""
     if state.stage == "mutual":
-        nets = {"teacher": state.ema, "real": state.real, "fake": state.fake}
+        nets = {"teacher": state.ema, "real_score": state.real, "fake_score": state.fake}
         # A rollout has 4 or 8 steps at random, the same in all processes.
         steps = int(np.random.default_rng([args.seed, state.step]).choice([4, 8]))
         options = {"weights": args.weights, "extra": args.extra, "guidance": args.guidance}

@@ -69,6 +69,11 @@ def film_controls(model, codecs, transcript=None, character=None, first_frame=No
 
 
 def stream_film(model, codecs, *, transcript=None, character=None, first_frame=None, **options):
-    """mutual_forcing.stream() with controls as film_controls() takes them."""
+    """mutual_forcing.stream() with controls as film_controls() takes them. Raises UserError."""
+    seconds, guidance, seed = options["seconds"], options.get("guidance", 1), options.get("seed", 0)
+    if not 1 / model.cfg.fps <= seconds <= 24 * 3600:
+        raise UserError(f"seconds must be between 1/{model.cfg.fps} and 86400, not {seconds}")
+    if not 0 <= guidance <= 1000 or not 0 <= seed < 2**63:
+        raise UserError("guidance is between 0 and 1000, seed between 0 and 2^63")
     controls = film_controls(model, codecs, transcript, character, first_frame)
     return mf.stream(model, codecs, controls, **options)

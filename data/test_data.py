@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import re
 import signal
@@ -343,29 +342,16 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path, monkeypatc
 # ---- Checkpoints
 
 
-@pytest.mark.parametrize("seed", range(300 if WHOLE else 20))
-def test_fuzz_checkpoints(seed, small, tmp_path):
-    """Any damage ends in one clear line, or in a model where one is still possible."""
+@pytest.mark.parametrize("seed", range(100 if WHOLE else 8))
+def test_damage_of_a_checkpoint_ends_in_one_line(seed, small, tmp_path):
+    """Bits of the header, of the pickle, or of anything are changed, and the end may be cut off."""
     rng, path = np.random.default_rng(seed), tmp_path / "bad.pt"
-    if seed % 4 == 0:  # bits of the header, of the pickle, of anything; or the end is cut off
-        data = bytearray(small.read_bytes())
-        for at in rng.integers(rng.choice([300, 5000, len(data)]), size=3):
-            data[at] ^= 1 << rng.integers(8)
-        path.write_bytes(data[: rng.choice([len(data), rng.integers(len(data))])])
-    else:  # another value in the place of one
-        content = checkpoint.load_file(small)
-        tree = (content, content["config"], content["model"])[seed % 4 - 1]
-        odd = [0, -1, 10**9, 1e308, math.nan, "9", None, [1], 2.5, {}]
-        if seed % 4 == 3:
-            odd += [torch.zeros(1).expand(2**50), tree["no_reference"].to(torch.int8)]
-        tree[str(rng.choice([*tree, "more"]))] = odd[rng.integers(len(odd))]
-        checkpoint.save_file(path, content)
-    try:
+    data = bytearray(small.read_bytes())
+    for at in rng.integers(rng.choice([300, 5000, len(data)]), size=3):
+        data[at] ^= 1 << rng.integers(8)
+    path.write_bytes(data[: rng.choice([len(data), rng.integers(len(data))])])
+    with pytest.raises(checkpoint.CheckpointError, match=r"^[^\n]+$"):
         checkpoint.load_checkpoint(path, small_codecs)
-    except checkpoint.CheckpointError as error:
-        assert "\n" not in str(error)
-    else:
-        assert seed % 4
 
 
 # ---- Clips, subtitles and pictures
