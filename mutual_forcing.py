@@ -27,8 +27,8 @@ The stages in code; train.py calls these lines (stage 0 trains the video codec, 
     #   4. dmd_loss(model, states, history, controls, ...)           and so does DMD
     losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real_score=ema,
                                        fake_score=fake_score)
-    # Self-Forcing, for comparison: DMD alone, toward the score of a bidirectional model, which has
-    # one chunk as long as the clip, and therefore no history.
+    # Self-Forcing, for comparison: DMD alone, toward the score of a bidirectional
+    # model, which has one chunk as long as the clip, and therefore no history.
     loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
     losses, logs = mutual_forcing_loss(model, x, controls, teacher=None, real_score=bidirectional,
                                        fake_score=fake_score, weights={"dmd": 1}, bidirectional=True)
@@ -167,8 +167,8 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 def warp(u: Tensor, shift: float) -> Tensor:
     """Even progress u in 0..1 -> time t in 0..1, for times of training and for sampling grids.
 
-    Our choice: a shift above 1 moves times toward noise. Values of a film are strongly correlated,
-    so that most of it is visible at a small t already.
+    Our choice: a shift above 1 moves times toward noise. Values of a film are strongly
+    correlated, so that most of it is visible at a small t already.
     """
     return u / (u + shift * (1 - u))
 
@@ -226,9 +226,9 @@ def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
 class Conditioning(nn.Module):
     """Time t, step size d and the character -> a vector for each latent frame.
 
-    Our choice: the layers of d have no biases, read features that are zero at d = 0, and the last
-    one starts at zero. So they add nothing at d = 0, and get no gradient before stage 3: until then
-    the two modes are the same.
+    Our choice: the layers of d have no biases, read features that are zero at d = 0,
+    and the last one starts at zero. So they add nothing at d = 0, and get no gradient
+    before stage 3: until then the two modes are the same.
     """
 
     def __init__(self, width: int, characters: int):
@@ -250,9 +250,9 @@ class Conditioning(nn.Module):
 class TextEmbedding(nn.Module):
     """The timed transcript -> what is added to the tokens of each latent frame.
 
-    Our choice: it is added, where the paper uses cross-attention, because the time of each symbol
-    is known. A latent frame sees its own symbols and those of cfg.margin frames on both sides: a
-    mouth moves before its letter sounds.
+    Our choice: it is added, where the paper uses cross-attention, because the time of
+    each symbol is known. A latent frame sees its own symbols and those of cfg.margin
+    frames on both sides: a mouth moves before its letter sounds.
     """
 
     def __init__(self, cfg: Config):
@@ -272,10 +272,11 @@ class TextEmbedding(nn.Module):
 def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of latent frames (S,) -> cosines and sines of their tokens, each (S 2 N, P / 2).
 
-    The 3-D rotary embedding: half of the pairs of a head rotate with time, in hops of sound, and
-    half with the row and the column in the picture. A position of -1 has no time: its cosines and
-    sines are zero, which erases that half of a key. Our choice: each frequency of time makes whole
-    rotations in cfg.clock seconds, so that positions stay bounded however long the film is.
+    The 3-D rotary embedding: half of the pairs of a head rotate with time, in hops of
+    sound, and half with the row and the column in the picture. A position of -1 has no
+    time: its cosines and sines are zero, which erases that half of a key. Our choice:
+    each frequency of time makes whole rotations in cfg.clock seconds, so that positions
+    stay bounded however long the film is.
     """
     period = cfg.clock * cfg.fps * cfg.tokens // cfg.step_frames  # in hops
     pairs = cfg.width // cfg.heads // 4
@@ -325,8 +326,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, modulation: Tensor, phases, attend) -> Tensor:
         """Tokens (2, B, S, N, D) -> tokens after this block.
 
-        modulation (B, S, 1, 6 D) is shared by all blocks. attend(q, k, v), each (B, H, S 2 N,
-        P), decides who sees whom, and returns what each token saw, of the same size.
+        modulation (B, S, 1, 6 D) is shared by all blocks. attend(q, k, v), each (B, H,
+        S 2 N, P), decides who sees whom, and returns what each token saw, of the same
+        size.
         """
         six = (modulation + self.offset).chunk(6, -1)  # each (2, B, S, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
@@ -345,8 +347,8 @@ REFERENCE, HISTORY, NOISED = range(3)  # kinds of latent frames in the parallel 
 
 
 class ParallelAttention:
-    """Who attends to whom in the parallel form. A row attends to the columns marked x; rows and
-    columns are chunks (here the window is 1), or the reference:
+    """Who attends to whom in the parallel form. A row attends to the columns marked x;
+    rows and columns are chunks (here the window is 1), or the reference:
 
                     columns:  sink  reference  history   noised
                                                0 1 2     0 1 2
@@ -358,10 +360,11 @@ class ParallelAttention:
                noised 1        x      x        x           x
                noised 2        x      x          x           x
 
-    The reference is a latent frame that holds the first frame of the film. The sink is chunk 0 of
-    the history once more: it keeps the character's look and voice in view however short the window
-    is. Sink and reference have no time: the half of their keys that rotates with time is zero. So a
-    film of any length has no position that training never saw (our choice).
+    The reference is a latent frame that holds the first frame of the film. The sink is
+    chunk 0 of the history once more: it keeps the character's look and voice in view
+    however short the window is. Sink and reference have no time: the half of their keys
+    that rotates with time is zero. So a film of any length has no position that
+    training never saw (our choice).
     """
 
     def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
@@ -393,9 +396,10 @@ class ParallelAttention:
 class KVCache:
     """Keys and values of the chunks already generated: the streaming context buffer (section 3.1).
 
-    Each layer keeps those of [reference, sink, the last cfg.window chunks]. An evaluation sees them
-    and the current chunk. A commit, at t = 1 and d = 0, also keeps the current chunk, in the place
-    of the oldest one. Keys are stored rotated: attention depends only on the distance in time.
+    Each layer keeps those of [reference, sink, the last cfg.window chunks]. An
+    evaluation sees them and the current chunk. A commit, at t = 1 and d = 0, also keeps
+    the current chunk, in the place of the oldest one. Keys are stored rotated:
+    attention depends only on the distance in time.
     """
 
     def __init__(self, cfg: Config):
@@ -419,9 +423,9 @@ class KVCache:
 class AudioVideoTransformer(nn.Module):
     """Two branches and one joint self-attention: noised latents in, velocities out.
 
-    forward() is the parallel form, for training: all chunks of a clip at once, under a mask.
-    step() is the streaming form, for sampling: one chunk at a time, with a KVCache. Both give the
-    same v, which the tests check.
+    forward() is the parallel form, for training: all chunks of a clip at once, under a
+    mask. step() is the streaming form, for sampling: one chunk at a time, with a
+    KVCache. Both give the same v, which the tests check.
     """
 
     def __init__(self, cfg: Config):
@@ -432,7 +436,8 @@ class AudioVideoTransformer(nn.Module):
         self.embed = nn.ModuleList([nn.Linear(size, width) for size in sizes])
         self.text = TextEmbedding(cfg)
         self.place = nn.Parameter(0.02 * torch.randn(branch_shape))
-        # Stands in for the first frame of a film that is not given one, and for audio's reference.
+        # Stands in for the first frame of a film that is not given one, and for audio's
+        # reference.
         self.no_reference = nn.Parameter(0.02 * torch.randn(branch_shape))
         self.conditioning = Conditioning(width, len(cfg.characters) + 1)
         self.modulation = nn.Linear(width, 6 * width)  # shared by blocks and branches (our choice)
@@ -481,10 +486,11 @@ class AudioVideoTransformer(nn.Module):
     def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor) -> Tensor:
         """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) -> v (B, S, E).
 
-        Our choice: v contains noise, whose independent values are more than the D of a token, so
-        they cannot pass through the blocks. Therefore x_t is added again: in video times a number
-        predicted from the conditioning, in audio times a factor that the token predicts for each
-        value, as a Wiener filter does, because a hiss is noise, too.
+        Our choice: v contains noise, whose independent values are more than the D of a
+        token, so they cannot pass through the blocks. Therefore x_t is added again: in
+        video times a number predicted from the conditioning, in audio times a factor
+        that the token predicts for each value, as a Wiener filter does, because a hiss
+        is noise, too.
         """
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video, audio = split(self.cfg, x_t)
@@ -495,10 +501,11 @@ class AudioVideoTransformer(nn.Module):
     def forward(self, x_t, t, d, controls, history=None, chunk=None, coupled=True) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
 
-        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 1), the same within a chunk; history (B,
-        S, E) clean latents, or None if a chunk sees only the reference and itself. chunk: its
-        length in latent frames (default cfg.chunk; S makes a bidirectional model). coupled: False
-        for the two unimodal models of stage 1. Returns v (B, S, E).
+        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 1), the same within a chunk;
+        history (B, S, E) clean latents, or None if a chunk sees only the reference and
+        itself. chunk: its length in latent frames (default cfg.chunk; S makes a
+        bidirectional model). coupled: False for the two unimodal models of stage 1.
+        Returns v (B, S, E).
         """
         b, s = x_t.shape[:2]
         chunk = chunk or self.cfg.chunk
@@ -529,8 +536,9 @@ class AudioVideoTransformer(nn.Module):
     def step(self, x_t, t, d, controls: Controls, cache: KVCache, commit=False) -> Tensor:
         """Streaming form: one evaluation of the chunk that follows those in the cache.
 
-        x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E). commit: keep
-        the chunk's keys and values; x_t is then the finished chunk, t = 1 and d = 0.
+        x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E).
+        commit: keep the chunk's keys and values; x_t is then the finished chunk, t = 1
+        and d = 0.
         """
         b, s = x_t.shape[:2]
         positions = cache.count * self.cfg.chunk + torch.arange(s, device=x_t.device)
@@ -547,8 +555,8 @@ class AudioVideoTransformer(nn.Module):
 def denoise(velocity, x: Tensor, times: Tensor, few: bool = True) -> list[Tensor]:
     """The one denoising loop: from x at times[0] to times[-1]. Returns the state at every time.
 
-    velocity(x_t, t, d) -> v is told the step size, or 0 in multi-step mode (few False); times
-    (K + 1, 1, 1, 1).
+    velocity(x_t, t, d) -> v is told the step size, or 0 in multi-step mode (few False);
+    times (K + 1, 1, 1, 1).
     """
     states = [x]
     for t, end in pairwise(times):
@@ -559,8 +567,8 @@ def denoise(velocity, x: Tensor, times: Tensor, few: bool = True) -> list[Tensor
 
 
 def guided_step(model, x_t, t, d, controls, cache, guidance) -> Tensor:
-    """model.step() under classifier-free guidance, for which controls and cache hold every film
-    twice: with its controls, and without."""
+    """model.step() under classifier-free guidance, for which controls and cache hold
+    every film twice: with its controls, and without."""
     if guidance == 1:
         return model.step(x_t, t, d, controls, cache)
     v, v_null = model.step(x_t.repeat(2, 1, 1), t, d, controls, cache).chunk(2)
@@ -571,9 +579,9 @@ def guided_step(model, x_t, t, d, controls, cache, guidance) -> Tensor:
 def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, first_chunk=None):
     """Generate films through the cache; yields the states of each chunk (see denoise()).
 
-    controls: any iterable of the Controls of each chunk, read when the chunk is due. times (K + 1,
-    1, 1, 1). few: see denoise(). guidance: 1 is none. first_chunk: real latents (B, cfg.chunk, E),
-    which begin the films as they are.
+    controls: any iterable of the Controls of each chunk, read when the chunk is due.
+    times (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. first_chunk: real
+    latents (B, cfg.chunk, E), which begin the films as they are.
     """
     cfg, times, cache = model.cfg, times.to(model.device), None
     t_data, d_zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
@@ -601,12 +609,13 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
 def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance=1.0, seed=0):
     """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    codecs.video and codecs.audio decode latents (data/codecs.py). controls: an iterable of the
-    Controls of each chunk, for at least so many seconds; each is read when its chunk is due, so
-    that a transcript may come while the film runs (data/controls.py makes them from text). mode:
-    "few" takes large steps, "multi" small ones; steps: 4 by default, 50 in multi-step mode.
-    guidance: 1 is none. Memory does not grow with the length. Sound comes a little later than its
-    frames, and the last chunk brings the rest.
+    codecs.video and codecs.audio decode latents (data/codecs.py). controls: an iterable
+    of the Controls of each chunk, for at least so many seconds; each is read when its
+    chunk is due, so that a transcript may come while the film runs (data/controls.py
+    makes them from text). mode: "few" takes large steps, "multi" small ones; steps: 4
+    by default, 50 in multi-step mode. guidance: 1 is none. Memory does not grow with
+    the length. Sound comes a little later than its frames, and the last chunk brings
+    the rest.
     """
     cfg = model.cfg
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
@@ -630,8 +639,9 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
 
 
 # ---- The objectives ------------------------------------------------------------------------------
-# Each is a function that returns (loss, logs); dmd_loss() returns two losses. Training drops some of
-# the controls (data/batches.py), as guidance and films without transcript need it.
+# Each is a function that returns (loss, logs); dmd_loss() returns two losses. Training
+# drops some of the controls (data/batches.py), as guidance and films without transcript
+# need it.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
@@ -655,9 +665,9 @@ def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
 def flow_matching_loss(model, x, history, controls, *, generated=None, chunk=None, coupled=True):
     """The multi-step mode learns the chunks of x (B, S, E), each at its own time, given a history.
 
-    Section 3.2; in stage 3 the history is self-made. On generated films, over the latent frames
-    (bool (S,)) that were generated, it trains DMD's fake score. history, chunk, coupled: see
-    AudioVideoTransformer.forward().
+    Section 3.2; in stage 3 the history is self-made. On generated films, over the
+    latent frames (bool (S,)) that were generated, it trains DMD's fake score. history,
+    chunk, coupled: see AudioVideoTransformer.forward().
     """
     cfg = model.cfg
     t = draw_times(cfg, x, chunk or cfg.chunk)
@@ -669,9 +679,9 @@ def flow_matching_loss(model, x, history, controls, *, generated=None, chunk=Non
 def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
     """A large step of the few-step mode must land where two half steps land (ShortCut, 3.3).
 
-    x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8 steps (our
-    choice: longer ones damage both modes). The halves of a step of 4 are taken by the teacher's
-    few-step mode, those of a step of 8 by its multi-step mode.
+    x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8
+    steps (our choice: longer ones damage both modes). The halves of a step of 4 are
+    taken by the teacher's few-step mode, those of a step of 8 by its multi-step mode.
     """
     cfg = model.cfg
 
@@ -682,8 +692,8 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
     t, middle, end = [each_latent_frame(corner, cfg.chunk).to(x) for corner in corners]
     by_few = each_latent_frame(steps == 4, cfg.chunk).to(x)  # 1 where the few-step mode teaches
 
-    # 2. Without gradient, the teacher takes the two half steps. Only its multi-step mode is guided:
-    #    from it the few-step mode learns the guidance.
+    # 2. Without gradient, the teacher takes the two half steps. Only its multi-step
+    #    mode is guided: from it the few-step mode learns the guidance.
     scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * by_few
     x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
@@ -714,24 +724,26 @@ def dmd_loss(
 ) -> tuple[Tensor, Tensor, dict]:
     """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
 
-    states: of the sampler on `times`, generated on this history without gradient; generated: bool
-    (S,), the latent frames that it generated. bidirectional: the scores see whole films and no
-    history (Self-Forcing). Returns the loss, the fake score's loss on these films, and logs.
+    states: of the sampler on `times`, generated on this history without gradient;
+    generated: bool (S,), the latent frames that it generated. bidirectional: the scores
+    see whole films and no history (Self-Forcing). Returns the loss, the fake score's
+    loss on these films, and logs.
     """
     cfg = model.cfg
     score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
 
-    # 1. Take one denoising step k of all chunks again, now with gradient and in parallel (our
-    #    choice). The film's value is the sampler's last state; its gradient is that of step k,
-    #    which moved it by d v. The later steps count as constants.
+    # 1. Take one denoising step k of all chunks again, now with gradient and in
+    #    parallel (our choice). The film's value is the sampler's last state; its
+    #    gradient is that of step k, which moved it by d v. The later steps count as
+    #    constants.
     k = int(torch.randint(len(times) - 1, ()))
     t_k, d_k = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
     v = model(states[k], t_k, d_k, controls, history)
     film = states[-1] + d_k * (v - v.detach())
 
-    # 2. Noise the film again, and let both scores predict the clean film. Their difference, divided
-    #    by the mean error of the real score in each chunk and branch, is the gradient of half the
-    #    squared distance to `target`.
+    # 2. Noise the film again, and let both scores predict the clean film. Their
+    #    difference, divided by the mean error of the real score in each chunk and
+    #    branch, is the gradient of half the squared distance to `target`.
     with torch.no_grad():
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
@@ -758,9 +770,10 @@ def dmd_loss(
 def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Tensor]:
     """The few-step mode's own films of the clips x (B, S, E), without gradient.
 
-    self_made: after one real chunk it continues its own films from noise, through the streaming
-    cache. False (teacher forcing): every chunk follows the real ones. Returns the states of the
-    films at all times (see denoise()), and bool (S,): the latent frames that were generated.
+    self_made: after one real chunk it continues its own films from noise, through the
+    streaming cache. False (teacher forcing): every chunk follows the real ones. Returns
+    the states of the films at all times (see denoise()), and bool (S,): the latent
+    frames that were generated.
     """
     cfg = model.cfg
     if self_made:
@@ -789,11 +802,12 @@ def mutual_forcing_loss(
 ) -> tuple[dict, dict]:
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
-    teacher: the model's EMA copy, whose two modes teach (our choice). real_score, fake_score: of
-    DMD, the EMA copy or a bidirectional model, and the online model of the few-step mode's films.
-    weights: {term: weight}; a term of weight 0 or without weight is not computed. extra: a fork's
-    own objectives, {term: objective}, objective(model, x, history, controls) -> (loss, logs).
-    steps: denoising steps of a chunk in the rollout. self_made: see rollout().
+    teacher: the model's EMA copy, whose two modes teach (our choice). real_score,
+    fake_score: of DMD, the EMA copy or a bidirectional model, and the online model of
+    the few-step mode's films. weights: {term: weight}; a term of weight 0 or without
+    weight is not computed. extra: a fork's own objectives, {term: objective},
+    objective(model, x, history, controls) -> (loss, logs). steps: denoising steps of a
+    chunk in the rollout. self_made: see rollout().
     """
     cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
     if x.shape[1] < 2 * cfg.chunk:
@@ -817,7 +831,8 @@ def mutual_forcing_loss(
         losses["shortcut"], new = shortcut_loss(model, x, history, controls, **options)
         logs |= new
 
-    # 4. The few-step mode's films move toward the real score, and the fake score follows the films.
+    # 4. The few-step mode's films move toward the real score, and the fake score
+    #    follows the films.
     if weights["dmd"]:
         options = {"real_score": real_score, "fake_score": fake_score, "guidance": guidance}
         options |= {"times": times, "generated": generated, "bidirectional": bidirectional}

@@ -630,7 +630,8 @@ def small(tmp_path_factory) -> Path:
     return folder / "joint.pt"
 
 
-# BUG: --resume goes on with codecs rounded to half precision, also where the run made its own.
+# BUG: --resume goes on with codecs rounded to half precision, also where the run made
+# its own.
 @pytest.mark.parametrize("stage", list(train.STAGES))
 def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypatch):
     words, step = f"--stage {stage} --steps 4 --from-scratch", train.train_step
@@ -717,10 +718,14 @@ def test_a_forks_codecs_and_objective_are_arguments_of_main(tmp_path):
     assert imageio.v3.imread(tmp_path / "a.gif", index=None).std((1, 2, 3)).max() == 0  # greys
 
 
-def test_the_readmes_objective_trains(tmp_path):
-    readme = (HERE / "README.md").read_text()
-    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1])
-    objective = runpy.run_path(tmp_path / "example.py")["steady_sound"]
+def test_the_readmes_examples_stream_and_train(tmp_path, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    streams, trains = (tmp_path / "streams.py", tmp_path / "trains.py")
+    streams.write_text(blocks[0])
+    trains.write_text(blocks[1])
+    runpy.run_path(streams)
+    assert capsys.readouterr().out.count("(8, 64, 64, 3)") == 16
+    objective = runpy.run_path(trains)["steady_sound"]
     losses, logs, nets = stage3(extra={"steady_sound": objective})
     losses["steady_sound"].backward()
     assert nets["model"].place.grad.any() and logs["steady_sound"] > 0

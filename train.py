@@ -138,8 +138,8 @@ def train_step(state: State, films, args) -> dict[str, float]:
         torch.manual_seed(int(seed.generate_state(1)[0]))
         with autocast(args):
             if state.stage == "codec":
-                # Two frames of each film: many people are worth more than many frames. The last
-                # two, because no film begins in a blink or with an open mouth.
+                # Two frames of each film: many people are worth more than many frames.
+                # The last two, because no film begins in a blink or with an open mouth.
                 loss, logs = state.model.loss(batch.frames[:, -2:].to(args.device))
                 losses = {"codec": loss}
             else:

@@ -57,7 +57,8 @@ def load_file(path) -> dict:
 def save_checkpoint(path, model: AudioVideoTransformer, codecs: Codecs, extra: dict | None = None):
     """Store a model's config, its and its codecs' weights in half precision, and extra plain values.
 
-    Raises CheckpointError, and writes nothing, for weights that are not finite in half precision.
+    Raises CheckpointError, and writes nothing, for weights that are not finite in half
+    precision.
     """
     content = {"config": asdict(model.cfg), "extra": extra or {}}
     for name, module in (("model", model), ("codecs", codecs)):

@@ -161,8 +161,9 @@ def summarise(folder: Path, clips: dict[Path, Film], remarks: dict[Path, str], c
 def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]:
     """The films and sounds of a folder and its subfolders that last at least so many frames.
 
-    Each file is decoded once, into the folder cache, from which all other files are removed. A
-    summary on stderr says what is used, and what is not and why. Raises UserError without a folder.
+    Each file is decoded once, into the folder cache, from which all other files are
+    removed. A summary on stderr says what is used, and what is not and why. Raises
+    UserError without a folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of clips")

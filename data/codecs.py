@@ -29,11 +29,12 @@ class Codecs(nn.Module):
     """The two codecs of a model (the paper: two VAEs).
 
     Both are modules with encode(film) -> latents, decode(latents) -> film, and
-    decode_next(latents, state) -> (part of the film, state), which decodes a film chunk by chunk:
-    state is None for the first chunk, and then what the last call returned. Latents have about unit
-    variance. video: uint8 frames (B, F, image, image, 3) and latents (B, S, N, video_dim). audio:
-    float32 samples (B, n) and latents (B, S, N, audio_dim); its state is samples (B, m) that are
-    not returned yet; the last ones end the film.
+    decode_next(latents, state) -> (part of the film, state), which decodes a film chunk
+    by chunk: state is None for the first chunk, and then what the last call returned.
+    Latents have about unit variance. video: uint8 frames (B, F, image, image, 3) and
+    latents (B, S, N, video_dim). audio: float32 samples (B, n) and latents (B, S, N,
+    audio_dim); its state is samples (B, m) that are not returned yet; the last ones end
+    the film.
     """
 
     def __init__(self, video: nn.Module, audio: nn.Module):
@@ -63,11 +64,12 @@ class ResidualBlock(nn.Module):
 class VideoCodec(nn.Module):
     """A small video VAE (the paper has Wan 2.2's): each frame alone becomes a grid of cells.
 
-    A video token holds 4 x 4 cells of each frame of a latent frame. Our choice: frames are encoded
-    one by one, because an encoder of pairs shares one mouth between its frames. Nothing is carried
-    from one latent frame to the next, so a film is decoded as it comes. Latents are the encoder's
-    means, normalised by running statistics of training. Our choice: of a latent frame's later
-    frames they hold the change, enlarged, because neighbours are nearly alike.
+    A video token holds 4 x 4 cells of each frame of a latent frame. Our choice: frames
+    are encoded one by one, because an encoder of pairs shares one mouth between its
+    frames. Nothing is carried from one latent frame to the next, so a film is decoded
+    as it comes. Latents are the encoder's means, normalised by running statistics of
+    training. Our choice: of a latent frame's later frames they hold the change,
+    enlarged, because neighbours are nearly alike.
     """
 
     def __init__(self, cfg: Config, fine: int = 48, coarse: int = 128):
@@ -152,9 +154,9 @@ class VideoCodec(nn.Module):
 class AudioCodec(nn.Module):
     """Samples to companded MDCT spectra and back, exactly (the paper has an audio VAE).
 
-    Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; the aliases of
-    neighbours cancel. A coefficient c becomes sign(c) |c|^compand: otherwise a few peaks own the
-    whole loss.
+    Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; the
+    aliases of neighbours cancel. A coefficient c becomes sign(c) |c|^compand: otherwise
+    a few peaks own the whole loss.
     """
 
     COMPAND, SCALE = 0.35, 6.4  # exponent; gain to about unit variance
@@ -168,7 +170,8 @@ class AudioCodec(nn.Module):
         n = torch.arange(2 * m)[:, None]
         k = torch.arange(m)
         window = torch.sin(math.pi / (2 * m) * (n + 0.5))
-        # The angle's turns are taken off in whole numbers: float32 is then exact enough.
+        # The angle's turns are taken off in whole numbers: float32 is then exact
+        # enough.
         quarters = (2 * n + 1 + m) * (2 * k + 1) % (8 * m)
         cosines = torch.cos(math.pi / (4 * m) * quarters)
         self.register_buffer("basis", window * math.sqrt(2 / m) * cosines, persistent=False)
@@ -189,9 +192,9 @@ class AudioCodec(nn.Module):
     def decode_next(self, latents: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next latent frames (B, S, N, audio_dim) of a film -> its next samples, and the state.
 
-        The state is the samples (B, hop) that are still due: the next call adds to them, and at the
-        end of a film they are its last. So the first call of a film (tail None) returns one hop
-        less.
+        The state is the samples (B, hop) that are still due: the next call adds to
+        them, and at the end of a film they are its last. So the first call of a film
+        (tail None) returns one hop less.
         """
         m = self.cfg.hop
         latents = latents.to(self.basis)
@@ -204,8 +207,8 @@ class AudioCodec(nn.Module):
 
 
 def make_codecs(cfg: Config) -> Codecs:
-    """The codecs of train.py, sample.py and lab/. A fork passes a function like this one to their
-    main()."""
+    """The codecs of train.py, sample.py and lab/. A fork passes a function like this
+    one to their main()."""
     return Codecs(VideoCodec(cfg), AudioCodec(cfg))
 
 
@@ -221,8 +224,8 @@ def stack(films: list[Film]) -> Film:
 
 
 def encode_films(cfg: Config, codecs: Codecs, films: Film) -> tuple[Tensor, Controls]:
-    """Stacked films -> latents (B, S, E) and their controls, none of them dropped; on the films'
-    device."""
+    """Stacked films -> latents (B, S, E) and their controls, none of them dropped; on
+    the films' device."""
     still = films.frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1)
     first_frame, expected = codecs.video.encode(still), (cfg.tokens, cfg.video_dim)
     if first_frame.shape[2:] != expected:

@@ -27,10 +27,11 @@ def spell(text: str, frames: int = 3) -> list[int]:
 def film_controls(model, codecs, transcript=None, character=None, first_frame=None):
     """Yield the controls of each chunk of one film, without end. Raises UserError.
 
-    transcript: text (3 frames a letter), or any iterable of a symbol for each frame (cfg.unknown
-    where it is not known), which may come while the film runs: it is read only to the end of the
-    chunk and cfg.margin frames on. Silence follows it. None: no transcript, and the character
-    babbles. character: a name, its index, or None. first_frame: a picture uint8 (image, image, 3).
+    transcript: text (3 frames a letter), or any iterable of a symbol for each frame
+    (cfg.unknown where it is not known), which may come while the film runs: it is read
+    only to the end of the chunk and cfg.margin frames on. Silence follows it. None: no
+    transcript, and the character babbles. character: a name, its index, or None.
+    first_frame: a picture uint8 (image, image, 3).
     """
     cfg: Config = model.cfg
     if isinstance(transcript, str) and cfg.symbols != len(ALPHABET):

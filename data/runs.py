@@ -43,8 +43,8 @@ def native_precision(device) -> torch.dtype:
 
 
 def exit_code(name: str, command) -> int:
-    """Run a command line's function: 0 or what it returns, 2 for a mistake of the user, 130 if
-    interrupted. A mistake is told in one line; a bug gives its traceback."""
+    """Run a command line's function: 0 or what it returns, 2 for a mistake of the user,
+    130 if interrupted. A mistake is told in one line; a bug gives its traceback."""
     try:
         return command() or 0
     except (UserError, OSError) as error:

@@ -19,10 +19,11 @@ from mutual_forcing import Config, UserError
 NAMES = Config().characters  # the named characters; len(NAMES) as an index: an unknown person
 SILENCE = Config().silence  # a symbol; those below it are the letters
 
-# How a letter looks and sounds: the mouth's opening and width (0..1), two resonances (Hz) and the
-# loudness of the voice (0..1), the centre (Hz), bandwidth (Hz) and loudness (0..1) of a noise.
-# Vowels are those of Peterson and Barney (1952), men: hod, head, heed, hawed, who'd. Consonants are
-# near the values of Klatt (1980), chosen apart; j as in French, q as a deep k, x as in Scots loch.
+# How a letter looks and sounds: the mouth's opening and width (0..1), two resonances
+# (Hz) and the loudness of the voice (0..1), the centre (Hz), bandwidth (Hz) and
+# loudness (0..1) of a noise. Vowels are those of Peterson and Barney (1952), men: hod,
+# head, heed, hawed, who'd. Consonants are near the values of Klatt (1980), chosen
+# apart; j as in French, q as a deep k, x as in Scots loch.
 Letter = namedtuple("Letter", "opening width formant_1 formant_2 voice centre bandwidth noise")
 LETTER_TABLE = {
     "a": Letter(1.00, 0.55,  730, 1090, 1.0,     0,   1, 0.00),
@@ -158,8 +159,9 @@ def timbre(voice_hz: ndarray, noise_hz: ndarray, tilt: float) -> tuple[ndarray, 
 def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarray:
     """The sound of symbols (F,): float32 samples (F sample_rate / fps,), about -1..1.
 
-    A hop must last half a frame. A steady vowel repeats after each hop, because the pitch is a
-    multiple of sample_rate / hop: so its spectra, as the audio codec makes them, are steady too.
+    A hop must last half a frame. A steady vowel repeats after each hop, because the
+    pitch is a multiple of sample_rate / hop: so its spectra, as the audio codec makes
+    them, are steady too.
     """
     hop, rate, pitch = cfg.hop, cfg.sample_rate, pitch_of(who)
     weights = letter_weights(symbols)[::2]  # (2 F + 1, 27), at the borders between hops
@@ -168,7 +170,8 @@ def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarr
     noise_hz = np.arange(hop + 1) * rate / (2 * hop)
     voiced, noisy = timbre(harmonics * rate / hop, noise_hz, who.tilt)
 
-    # The voice: one hop of sound for each border, repeated, and faded into the next border's.
+    # The voice: one hop of sound for each border, repeated, and faded into the next
+    # border's.
     phases = np.pi * harmonics**2 / harmonics[-1]  # spread out, so that peaks do not add up
     angles = 2 * np.pi * np.outer(harmonics, np.arange(hop)) / hop + phases[:, None]
     amplitudes = (weights @ voiced).astype(np.float32)
@@ -176,7 +179,8 @@ def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarr
     fade = np.linspace(0, 1, hop, endpoint=False, dtype=np.float32)
     sound = (1 - fade) * periods[:-1] + fade * periods[1:]  # (2 F, hop)
 
-    # The noise: two hops around each border, under a sine window; neighbours overlap by a hop.
+    # The noise: two hops around each border, under a sine window; neighbours overlap by
+    # a hop.
     size = (len(weights), hop + 1)
     spectra = rng.standard_normal(size) + 1j * rng.standard_normal(size)
     window = np.sin(np.pi * np.arange(2 * hop) / (2 * hop))
@@ -268,7 +272,8 @@ def draw_frames(who: Identity, moves: dict[str, ndarray], mouth: ndarray, size: 
     film = np.repeat(draw_still(who, size)[None], len(mouth), axis=0)
     radius = 13 + 4 * who.face_width  # half of the face's width
 
-    # Each part is drawn in a rectangle that it cannot leave, the furthest first: hair, then face.
+    # Each part is drawn in a rectangle that it cannot leave, the furthest first: hair,
+    # then face.
     pixels, y, x = head_box(film, moves, 4, 54, 8, 56)
     coarse, phase, fringe_phase = who.texture[3:]
     strands = 0.8 + 0.2 * np.sin(TURN * ((x + 0.25 * y) / (6 + 4 * coarse) + phase))

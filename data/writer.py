@@ -24,8 +24,8 @@ STRIP_EVERY = 4  # a .png shows every fourth frame
 class FilmWriter:
     """Takes a film chunk by chunk; finish() puts the whole file in its place, close() cleans up.
 
-    The parts are written in a temporary folder beside the result, so an old result survives a
-    failure.
+    The parts are written in a temporary folder beside the result, so an old result
+    survives a failure.
     """
 
     def __init__(self, out: Path, cfg: Config):
@@ -43,7 +43,7 @@ class FilmWriter:
         self.video = None
         if self.kind == ".mp4":
             enlarge = ["-vf", f"scale=iw*{ENLARGE}:ih*{ENLARGE}:flags=neighbor"]
-            fast = "-crf 18 -preset ultrafast".split()
+            fast = ["-crf", "18", "-preset", "ultrafast"]
             options = {"macro_block_size": 2, "ffmpeg_log_level": "error"}
             self.video = imageio_ffmpeg.write_frames(
                 str(self.path / "video.mp4"),
@@ -96,8 +96,8 @@ class FilmWriter:
         elif self.kind == ".gif":
             frames = np.concatenate([frames for frames, _ in self.chunks])
             frames = frames.repeat(ENLARGE, 1).repeat(ENLARGE, 2)
-            # A GIF counts time in 10 ms: round the instants, not the durations, and its pace is
-            # right.
+            # A GIF counts time in 10 ms: round the instants, not the durations, and its
+            # pace is right.
             instants = np.round(np.arange(len(frames) + 1) * 100 / self.cfg.fps) * 10
             durations = np.diff(instants).tolist() if len(frames) > 1 else instants[1]
             iio.imwrite(result, frames, plugin="pillow", duration=durations, loop=0)

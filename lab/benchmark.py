@@ -79,8 +79,8 @@ def machine(device: torch.device) -> str:
 def matrix_products(function) -> list[tuple]:
     """Run a function -> the shapes (a, b) of all matrix products a @ b in it.
 
-    linear, matmul and einsum call one of the four operations that are counted. Fused attention is
-    two products; its gradient is not counted, nor are convolutions.
+    linear, matmul and einsum call one of the four operations that are counted. Fused
+    attention is two products; its gradient is not counted, nor are convolutions.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         function()

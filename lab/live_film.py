@@ -19,8 +19,8 @@ KEPT_SECONDS = 60  # of a film, for save()
 
 
 def to_bytes(about: dict, frames: np.ndarray, samples: np.ndarray) -> bytes:
-    """A chunk as it is sent: length of the header (uint32, little-endian), header (JSON), samples
-    (float32, little-endian), frames (uint8)."""
+    """A chunk as it is sent: length of the header (uint32, little-endian), header
+    (JSON), samples (float32, little-endian), frames (uint8)."""
     header = json.dumps(about | {"samples": len(samples)}).encode()
     header += b" " * (-len(header) % 4)  # a page reads float32 only where 4 divides the place
     return len(header).to_bytes(4, "little") + header + samples.tobytes() + frames.tobytes()
@@ -29,8 +29,8 @@ def to_bytes(about: dict, frames: np.ndarray, samples: np.ndarray) -> bytes:
 class LiveFilm:
     """The text that waits, and the chunks of the last minute.
 
-    A film is one stream(), or several in turn: restart() begins another one, on the same clock.
-    Only make() touches the streams, and one thread calls it.
+    A film is one stream(), or several in turn: restart() begins another one, on the
+    same clock. Only make() touches the streams, and one thread calls it.
     """
 
     def __init__(self, model: mf.AudioVideoTransformer, codecs, settings: dict):
@@ -112,7 +112,8 @@ class LiveFilm:
         frames = np.concatenate([frames for _, frames, _ in chunks])
         samples = np.concatenate([samples for _, _, samples in chunks])
         first = chunks[0][0]
-        # Sound may lag its frames: drop that of frames that are not kept, and fill up the end.
+        # Sound may lag its frames: drop that of frames that are not kept, and fill up
+        # the end.
         samples = samples[first["first_frame"] * self.samples_per_frame - first["first_sample"] :]
         samples = np.pad(samples, (0, len(frames) * self.samples_per_frame - len(samples)))
         with tempfile.TemporaryDirectory() as folder:

@@ -51,7 +51,8 @@ def to_units(frames: np.ndarray) -> np.ndarray:
 def cut(pictures: np.ndarray, corner: np.ndarray, height: int, width: int) -> np.ndarray:
     """Windows (F, height, width, k) of pictures (F, h, w, k), with corners (F, 2) between pixels.
 
-    Pixels are interpolated linearly. A window that leaves its picture is moved back into it.
+    Pixels are interpolated linearly. A window that leaves its picture is moved back
+    into it.
     """
     limit = np.array(pictures.shape[1:3]) - (height + 1, width + 1)
     corner = np.clip(np.nan_to_num(corner), 0, limit)
@@ -84,8 +85,8 @@ def edges_of(frames: np.ndarray) -> np.ndarray:
 def head_moves(frames: np.ndarray, middle: np.ndarray) -> np.ndarray:
     """Where the head is (F, 2), from where it is in the frame middle, to about 0.1 units.
 
-    The edges of hair and hat are compared with those of middle, moved by up to REACH. Everything
-    above the eyes moves with the head or does not move.
+    The edges of hair and hat are compared with those of middle, moved by up to REACH.
+    Everything above the eyes moves with the head or does not move.
     """
     edges = edges_of(frames)
     padded = np.pad(edges_of(middle[None])[0], [(REACH, REACH), (REACH, REACH), (0, 0), (0, 0)])
@@ -150,7 +151,8 @@ def asymmetry_of(windows: np.ndarray) -> np.ndarray:
 def find_irises(frames: np.ndarray, skin: np.ndarray) -> np.ndarray:
     """Colours (F, 2, 3) of the left and the right iris; NaN where the eye is not open.
 
-    Whites give the eye's centre. From there a small window moves to the centre of what is dark.
+    Whites give the eye's centre. From there a small window moves to the centre of what
+    is dark.
     """
     band = frames[:, 18:35].astype(np.float32) / 255
     dark = 1 - band.mean(-1, keepdims=True)
@@ -175,13 +177,15 @@ def find_irises(frames: np.ndarray, skin: np.ndarray) -> np.ndarray:
 def iris_kernel() -> np.ndarray:
     """Weights (5, 5) by which the pixels around an iris' centre add up to the iris' colour.
 
-    A pixel there is iris, pupil and white in known shares: a linear system for the three colours.
+    A pixel there is iris, pupil and white in known shares: a linear system for the
+    three colours.
     """
     y, x = np.mgrid[-3:4, -3:4]
     radius = np.sqrt(y**2 + x**2)
     pupil, disc = (np.clip(0.5 + size - radius, 0, 1) for size in (0.8, 1.9))
     shares = np.stack([disc - pupil, pupil, 1 - disc])
-    # cut() blurs: over all places between pixels, about a twelfth of a neighbour on either side.
+    # cut() blurs: over all places between pixels, about a twelfth of a neighbour on
+    # either side.
     shares = (shares[:, :-2] + 10 * shares[:, 1:-1] + shares[:, 2:]) / 12
     shares = (shares[..., :-2] + 10 * shares[..., 1:-1] + shares[..., 2:]) / 12
     inside = radius[1:-1, 1:-1] < 2.5
@@ -226,7 +230,8 @@ def stills_of(film: np.ndarray, fps: int) -> Stills:
     """A film uint8 (F, 64, 64, 3) -> what can be read of its background and clothes."""
     sides = np.concatenate([film[:, 2:40, :6], film[:, 2:40, 58:]], 2).astype(np.int16)
     change = np.abs(np.diff(sides, axis=0, prepend=sides[:1])).mean((1, 2, 3))
-    # Light changes evenly from the top to the bottom: a line is fitted to the rows' means.
+    # Light changes evenly from the top to the bottom: a line is fitted to the rows'
+    # means.
     grey = sides.mean(-1)
     rows = np.stack([np.ones(38), np.linspace(-1, 1, 38)], 1)
     line = rows @ np.linalg.pinv(rows) @ grey.mean(2)[..., None]

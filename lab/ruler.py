@@ -235,7 +235,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def lag_ms(picture: np.ndarray, sound: np.ndarray, fps: int) -> float:
     """By how many ms the sound's curve (n, F) comes after the picture's; see FIGURES.
 
-    A parabola through the best correlation and its neighbours gives the fraction of a frame.
+    A parabola through the best correlation and its neighbours gives the fraction of a
+    frame.
     """
     frames, reach, scores = picture.shape[1], 5, []
     for lag in range(-reach, reach + 1):
@@ -309,8 +310,9 @@ def palettes(features: Features, begin: int, end: int, fps: int) -> np.ndarray:
 def palette_distance(films: Features, others: Features, begin: int, end: int, fps: int) -> float:
     """Distance in grey levels of films' colours from others', from second begin to end.
 
-    It is the root of the mean Frechet distance of the five colours: if others have the same
-    colours but for a shift by d, it is d. One by one, they are compared well by a few films.
+    It is the root of the mean Frechet distance of the five colours: if others have the
+    same colours but for a shift by d, it is d. One by one, they are compared well by a
+    few films.
     """
     own, other = palettes(films, begin, end, fps), palettes(others, begin, end, fps)
     distances = [frechet(own[:, i], other[:, i], np.full(3, 1 / 255)) for i in range(5)]

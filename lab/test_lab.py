@@ -133,7 +133,8 @@ def test_the_ruler_sees_what_is_wrong_with_the_picture():
     assert noisy["lopsided"] < 0.01 and 0.95 < noisy["lips_follow"] < 1.05
     assert abs(noisy["iris"] - truth["iris"]) < 2 and noisy["mouth_letters"] > 0.95
 
-    # A mouth of another moment, beside a grey eye; one that does not follow; one that is torn.
+    # A mouth of another moment, beside a grey eye; one that does not follow; one that
+    # is torn.
     other, fixed, torn = (frames.copy() for _ in range(3))
     other[:, :, 20:31, 32:46] = other[:, :, 20:31, 32:46].mean(-1, keepdims=True)
     for film, places in enumerate(np.rint(looks.mouth).astype(int)):
@@ -351,7 +352,8 @@ def test_claims(tmp_path, monkeypatch, capsys):
     first = json.loads(results.read_text())
     assert {row["arm"] for row in first["rows"]} == {"ground truth", "shuffled sound", "shortcut"}
     assert claims.main(words) == 0
-    # Two steps of each arm and none twice, in four runs, as the teacher's was interrupted.
+    # Two steps of each arm and none twice, in four runs, as the teacher's was
+    # interrupted.
     assert steps == [("mutual", 2)] * 2 + [("joint", 2)] * 2 + [("mutual", 2)] * 2
     whole = json.loads(results.read_text())
     assert whole["rows"][:8] == first["rows"] and len(whole["rows"]) == 12 and len(runs) == 4
@@ -442,12 +444,14 @@ def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
     assert symbols == expected[8:32]
     other_frames, _, _ = read_chunks(ask, other, 0, 1)
     assert not np.array_equal(other_frames, whole_frames[:4])
-    # A page that is behind gets the newest chunk, and the last two may be asked for again.
+    # A page that is behind gets the newest chunk, and the last two may be asked for
+    # again.
     assert json.loads(ask(f"/chunk?film={film}&index=1")[1][4:].split(b"}")[0] + b"}")["index"] == 7
     again, _, _ = read_chunks(ask, film, 6, 8)
     assert np.array_equal(again, frames[-8:])
 
-    # From the picture of frame 30, with other settings; text that was not spoken still is.
+    # From the picture of frame 30, with other settings; text that was not spoken still
+    # is.
     assert ask(f"/say?film={film}", b"mama")[0] == 200
     assert ask(f"/restart?film={film}&frame=30&character=hana&seed=5", b"")[0] == 200
     frames, samples, _ = read_chunks(ask, film, 8, 11)
