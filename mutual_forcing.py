@@ -1,61 +1,61 @@
-"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a
-talking character, picture and sound together, in 4 or 8 denoising steps a chunk (and one evaluation
-that writes the finished chunk into the cache). Each part uses only what stands above it.
+"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that
+streams a talking character, picture and sound together, in 4 or 8 denoising steps a chunk.
+Each part uses only what stands above it.
 
 The paper in six sentences. A transformer with a video and an audio branch, joined by one
-self-attention, generates a film chunk by chunk and keeps what it generated in a KV cache. One set
-of weights serves two modes. The multi-step mode predicts the instantaneous velocity of a flow from
-noise to data, and takes about 50 small steps; the few-step mode predicts the average velocity over
-an interval, and takes 4 or 8 large steps. Stage 1 trains each branch alone, and stage 2 couples
-them on real history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and
-the multi-step mode learns the real chunk that follows it. Then the multi-step mode teaches the
-few-step mode, by ShortCut and DMD.
+self-attention, generates a film chunk by chunk, and keeps what it generated in a KV cache.
+One set of weights serves two modes. The multi-step mode predicts the instantaneous velocity
+of a flow from noise to data, for about 50 small steps; the few-step mode predicts the
+average velocity over an interval, for 4 or 8 large steps. Stage 1 trains each branch alone,
+and stage 2 couples them on real history. In stage 3, Mutual Forcing, the few-step mode
+generates its own history, and the multi-step mode learns the real chunk that follows it.
+Then the multi-step mode teaches the few-step mode, by ShortCut and DMD.
 
-A history is a clean clip of the same length as the one that is learned; a chunk sees of it only the
-chunks before its own.
-
-The stages in code; train.py calls these lines (stage 0 trains the video codec, data/codecs.py):
+The stages in code, as train.py calls them (stage 0 trains the video codec, data/codecs.py).
+A history is a clean clip as long as x; a chunk sees of it only the chunks before its own.
 
     # Stage 1: each branch alone. Stage 2: both. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
     # Stage 3. In mutual_forcing_loss() these steps have the same numbers:
-    #   1. states, generated = rollout(model, x, controls, times)    the few-step mode generates,
-    #      history = states[-1]                                      without gradient
-    #   2. flow_matching_loss(model, x, history, controls)           the multi-step mode learns
-    #   3. shortcut_loss(model, x, history, controls, teacher=ema)   it teaches the few-step mode
-    #   4. dmd_loss(model, states, history, controls, ...)           and so does DMD
-    losses, logs = mutual_forcing_loss(model, x, controls, teacher=ema, real_score=ema,
-                                       fake_score=fake_score)
-    # Self-Forcing, for comparison: DMD alone, toward the score of a bidirectional
-    # model, which has one chunk as long as the clip, and therefore no history.
+    #   1. states, generated = rollout(model, x, controls, times)   the few-step mode
+    #      history = states[-1]                                     generates
+    #   2. flow_matching_loss(model, x, history, controls)          the multi-step mode learns
+    #   3. shortcut_loss(model, x, history, controls, teacher=ema)  it teaches the few-step
+    #   4. dmd_loss(model, states, history, controls, ...)          mode, and so does DMD
+    losses, logs = mutual_forcing_loss(
+        model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
+    )
+    # Self-Forcing, for comparison: DMD alone, toward the score of a bidirectional model,
+    # which has one chunk as long as the clip, and therefore no history.
     loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
-    losses, logs = mutual_forcing_loss(model, x, controls, teacher=None, real_score=bidirectional,
-                                       fake_score=fake_score, weights={"dmd": 1}, bidirectional=True)
+    losses, logs = mutual_forcing_loss(
+        model, x, controls, teacher=None, real_score=bidirectional, fake_score=fake_score,
+        weights={"dmd": 1}, bidirectional=True
+    )
 
 Axes                                        Symbols
-  B  films in a batch                         x       clean latents
-  F  frames of the picture                    x_t     noised latents, (1 - t) noise + t x
-  S  latent frames (cfg.step_frames frames)   t       time: 0 is noise, 1 is data
-  N  tokens of one branch, one latent frame   d       step size that the network is told; the
-                                                      multi-step mode is told 0
-  D  width; H heads; P values of a head       v       velocity; its target for data is x - noise
-  E  values of a latent frame: all video values, then all audio values
+  B  films in a batch                         x    clean latents
+  F  frames of the picture                    x_t  noised latents, (1 - t) noise + t x
+  S  latent frames (cfg.step_frames frames)   t    time: 0 is noise, 1 is data
+  N  tokens of a branch in a latent frame     d    step size that the network is told;
+  D  width; H heads; P values of a head            the multi-step mode is told 0
+  E  values of a latent frame: all of         v    velocity; its target for data is
+     video, then all of audio                      x - noise
 
-The network predicts v, and a denoising step is x_{t+d} = x_t + d v. All losses compare velocities,
-except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk latent frames. Times
-and step sizes are (B, S, 1): video and audio share them. A tensor of tokens is (2, B, S, N, D): its
-first axis is the branch, 0 for video and 1 for audio.
+The network predicts v, and a denoising step is x_{t+d} = x_t + d v. All losses compare
+velocities, except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk
+latent frames. Times and step sizes are (B, S, 1): video and audio share them. A tensor of
+tokens is (2, B, S, N, D): its first axis is the branch, 0 for video and 1 for audio.
 
-What we do differently                        and why (docs/departures.md: what each is worth)
-  x_t is added again to the output            v contains noise, of more values than D can hold
-  the transcript is added to the tokens       the time of each symbol is known: no cross-attention
-  a character is named, not described         the drawn world has no more to say than its name
-  frames are encoded one by one, as changes   an encoder of pairs shares one mouth between frames
-  sound is an exact MDCT, not a VAE           a small VAE cannot compress a hiss, which is noise
-  larger rate, smaller batches                millions of weights and two cores
-Where the paper is silent, the code says "our choice". Functions raise UserError for a user's
-mistakes.
+What we do differently                      Why (docs/departures.md: what each is worth)
+  x_t is added again to the output            v has noise of more values than D can hold
+  the transcript is added to the tokens       each symbol's time is known: no cross-attention
+  a character is named, not described         the drawn world has no more to say
+  frames are encoded alone, then as changes   an encoder of pairs shares their mouth
+  sound is an exact MDCT, not a VAE           a hiss is noise, which no small VAE keeps
+  larger rate, smaller batches                millions of weights, and two cores
+Where the paper is silent, the code says "our choice". A user's mistake raises UserError.
 """
 
 import functools
@@ -70,7 +70,7 @@ from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
 DEFAULT_STEPS = {"few": 4, "multi": 50}  # denoising steps of a chunk in each mode
-WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's is our choice
+WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's is open
 
 
 class UserError(ValueError):
@@ -79,7 +79,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Every size of a model and of its latents. The values are our choice: they fit a laptop."""
+    """Every size of a model and of its latents. The defaults fit a laptop."""
 
     width: int = 192  # D, values of a token
     layers: int = 4
@@ -88,7 +88,7 @@ class Config:
     fps: int = 16  # frames per second
     step_frames: int = 2  # frames of one latent frame
     sample_rate: int = 8000  # samples per second
-    tokens: int = 4  # N, of each branch: a square of the picture, or a hop of sound; 1, 4, 9 ...
+    tokens: int = 4  # N: a square of the picture, or a hop of sound; a square number
     video_dim: int = 256  # values of a video token
     audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
@@ -161,7 +161,7 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
     return torch.cat([video.flatten(2), audio.flatten(2)], -1)
 
 
-# ---- Noise schedules -----------------------------------------------------------------------------
+# ---- Noise schedules -----------------------------------------------------------------
 
 
 def warp(u: Tensor, shift: float) -> Tensor:
@@ -188,7 +188,7 @@ def each_latent_frame(per_chunk: Tensor, chunk: int) -> Tensor:
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """A time for each chunk to train clips x (B, S, E) at: (B, S, 1).
 
-    Our choice: progress is logit-normal.
+    The progress is logit-normal: more of the times are between noise and data.
     """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
     return each_latent_frame(warp(u, cfg.shift), chunk).to(x)
@@ -199,7 +199,7 @@ def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return torch.lerp(noise, x, t)
 
 
-# ---- The transformer: two branches, one joint self-attention (section 3.1) -----------------------
+# ---- The transformer: two branches, one joint self-attention (section 3.1) -----------
 
 
 class BranchLinear(nn.Module):
@@ -295,13 +295,13 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys (..., S 2 N, P), rotated: pair i is the values i and i + P / 2."""
+    """Queries or keys (..., S 2 N, P), rotated; pair i: the values i and i + P / 2."""
     (cos, sin), (a, b) = phases, x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x)
 
 
 def without_time(k: Tensor) -> Tensor:
-    """Keys (..., P) with zeros in the half that rotates with time: the same from any distance."""
+    """Keys (..., P) without the half that rotates with time: alike from any distance."""
     pairs = k.unflatten(-1, (2, 2, -1))  # (..., first and second value, time and place, P / 4)
     return torch.stack([torch.zeros_like(pairs[..., 0, :]), pairs[..., 1, :]], -2).flatten(-3)
 
@@ -364,11 +364,11 @@ class ParallelAttention:
     chunk 0 of the history once more: it keeps the character's look and voice in view
     however short the window is. Sink and reference have no time: the half of their keys
     that rotates with time is zero. So a film of any length has no position that
-    training never saw (our choice).
+    training never saw.
     """
 
     def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
-        """length: S, latent frames; coupled: whether the branches see each other (not in stage 1)."""
+        """length: S; coupled: whether the branches see each other (not in stage 1)."""
         per_frame = 2 * cfg.tokens
         self.sink = slice(per_frame, per_frame * (1 + chunk * has_history))  # tokens of chunk 0
         kind = [REFERENCE] + [HISTORY] * length * has_history + [NOISED] * length
@@ -394,7 +394,7 @@ class ParallelAttention:
 
 
 class KVCache:
-    """Keys and values of the chunks already generated: the streaming context buffer (section 3.1).
+    """Keys and values of finished chunks: the streaming context buffer (section 3.1).
 
     Each layer keeps those of [reference, sink, the last cfg.window chunks]. An
     evaluation sees them and the current chunk. A commit, at t = 1 and d = 0, also keeps
@@ -411,7 +411,7 @@ class KVCache:
         return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
 
     def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """attend(), and keep: first the reference, then each chunk in the place of the oldest."""
+        """attend(), and keep: the reference, then each chunk in the place of the oldest."""
         seen, kept = self.attend(layer, q, k, v), self.kept[layer]
         if len(kept) == 1:  # chunk 0 becomes the sink, too
             kept.append((without_time(k), v))
@@ -465,9 +465,9 @@ class AudioVideoTransformer(nn.Module):
         return x + text + self.place, self.conditioning(t, d, character)
 
     def reference(self, controls: Controls) -> tuple[Tensor, Tensor]:
-        """The first frame, or what stands in for it, as one clean latent frame; like embed_latents().
+        """The first frame, or what stands in for it, as one latent frame; like embed_latents().
 
-        Our choice: it has no transcript and no time, and its audio tokens are learned.
+        It has no transcript and no time, and its audio tokens are learned.
         """
         absent = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
         picture = self.embed[0](controls.first_frame.to(self.place))
@@ -549,7 +549,7 @@ class AudioVideoTransformer(nn.Module):
         return self.read_out(x, conditioning, x_t)
 
 
-# ---- The denoising loop and the streaming sampler ------------------------------------------------
+# ---- The denoising loop and the streaming sampler ------------------------------------
 
 
 def denoise(velocity, x: Tensor, times: Tensor, few: bool = True) -> list[Tensor]:
@@ -630,7 +630,7 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
         samples, audio_state = codecs.audio.decode_next(audio, audio_state)
         frames = frames[0, :frames_left].cpu().numpy()
         frames_left -= len(frames)
-        samples = samples[0] if frames_left else torch.cat([samples[0], audio_state[0]])  # the end
+        samples = samples[0] if frames_left else torch.cat([samples[0], audio_state[0]])
         samples = samples[:samples_left].cpu().numpy()
         samples_left -= len(samples)
         yield frames, samples
@@ -638,14 +638,14 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
             return
 
 
-# ---- The objectives ------------------------------------------------------------------------------
+# ---- The objectives ------------------------------------------------------------------
 # Each is a function that returns (loss, logs); dmd_loss() returns two losses. Training
 # drops some of the controls (data/batches.py), as guidance and films without transcript
 # need it.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
-    """Errors (B, S, E) -> sum of both branches' mean squares over `generated` (bool (S,)); logs."""
+    """Errors (B, S, E) -> the branches' mean squares, added; logs. generated: bool (S,)."""
     if generated is not None:
         error = error[:, generated]
     means = [part.square().mean() for part in split(cfg, error)]
@@ -760,8 +760,10 @@ def dmd_loss(
     loss, logs = mean_square("dmd", cfg, film - target, generated)
 
     # 3. The fake score learns these films.
-    given, options = (states[-1], score_history, controls), {"generated": generated, "chunk": chunk}
-    fake_loss, fake_logs = flow_matching_loss(fake_score, *given, **options)
+    options = {"generated": generated, "chunk": chunk}
+    fake_loss, fake_logs = flow_matching_loss(
+        fake_score, states[-1], score_history, controls, **options
+    )
     logs |= {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
     return 0.5 * loss, fake_loss, logs
 
