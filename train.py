@@ -55,9 +55,9 @@ STAGES = {
     "mutual": Plan(600, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
-NO_TRANSCRIPT = 0.6  # share of films without transcript: the few-step mode has to learn most there
+NO_TRANSCRIPT = 0.6  # share of films without transcript, where most is to be learned
 LOG_EVERY = 20  # steps
-FAKE_RATE = 5  # times lr, for the fake score, which has to keep up with the few-step mode
+FAKE_RATE = 5  # times lr: the fake score has to keep up with the few-step mode
 # What may differ when a run is resumed; all else decides which weights it ends with.
 FREE = ("resume", "overwrite", "out", "preset", "data", "device", "workers", "save", "from_scratch")
 TINY = "--steps 24 --batch 3 --seconds 1.5 2 --save 12"
@@ -65,7 +65,7 @@ TINY_SIZES = "--config width=64 layers=2 heads=1"
 
 
 class State:
-    """All that a training step changes, saved and restored whole: 2 + 2 steps are 4 steps."""
+    """All that a training step changes, saved and restored whole: 2 + 2 steps are 4."""
 
     def __init__(self, model: AudioVideoTransformer, codecs, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
@@ -125,13 +125,13 @@ def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict
 
 
 def autocast(args):
-    """The precision of matrix products. Its cache would hide from autograd what a rollout cast."""
+    """The precision of matrix products. A cache would hide a rollout's casts from autograd."""
     bf16 = args.precision == "bf16"
     return torch.autocast(args.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
 def train_step(state: State, films, args) -> dict[str, float]:
-    """One training step; returns values to log. Raises UserError if a gradient is not finite."""
+    """One training step -> values to log. Raises UserError if a gradient is not finite."""
     for index in range(args.accumulate):
         batch, chance = next(films)
         seed = np.random.SeedSequence([*state.seed, state.step, index])
@@ -151,7 +151,7 @@ def train_step(state: State, films, args) -> dict[str, float]:
 
 
 def update(state: State, args) -> dict[str, float]:
-    """Move the weights by their gradients, and the EMA copy; returns the norms of the gradients."""
+    """Move the weights by their gradients, and the EMA copy -> norms of the gradients."""
     plan, norms = state.plan, {}
     # The rate warms up, then falls to a twentieth (our choice).
     warm = min(1, (state.step + 1) / min(100, plan.steps))
@@ -179,7 +179,7 @@ def update(state: State, args) -> dict[str, float]:
 
 
 def train_stage(state: State, args) -> None:
-    """Train a stage to its end; after a Ctrl-C save the current step, then KeyboardInterrupt."""
+    """Train a stage to its end. After a Ctrl-C save the current step; KeyboardInterrupt."""
     is_first = runs.process()[0] == 0  # it alone logs and, on a terminal, shows a bar
     steps, seconds, batch = state.plan.steps, state.plan.seconds, state.plan.batch
     draw = drawer(args.clips, state.stage)
@@ -187,7 +187,8 @@ def train_stage(state: State, args) -> None:
     turns = range(state.step * args.accumulate, steps * args.accumulate)
     ahead = {"num_workers": args.workers, "worker_init_fn": runs.ignore_interrupts}
     films = iter(DataLoader(batches, batch_size=None, sampler=turns, **ahead))
-    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=not is_first or None)
+    hidden = not is_first or None
+    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=hidden)
     with bar, delayed_interrupt() as interrupted:
         while state.step < steps:
             began = time.perf_counter()
@@ -198,7 +199,8 @@ def train_stage(state: State, args) -> None:
             if is_first and (state.step % LOG_EVERY == 0 or state.step in (1, steps)):
                 entry = {name: round(value, 5) for name, value in logs.items()}
                 with open(args.out / "log.jsonl", "a") as log:
-                    print(json.dumps({"stage": state.stage, "step": state.step} | entry), file=log)
+                    entry = {"stage": state.stage, "step": state.step} | entry
+                    print(json.dumps(entry), file=log)
             before = sum(args.minutes.values())
             args.minutes[state.stage] = args.minutes.get(state.stage, 0) + logs["seconds"] / 60
             is_due = before // SNAPSHOT < sum(args.minutes.values()) // SNAPSHOT
@@ -207,6 +209,7 @@ def train_stage(state: State, args) -> None:
             if stop or is_due or state.step % args.save == 0 or state.step == steps:
                 save(state, args, is_due)
             if stop:
+                print("saved; --resume goes on with the same command", file=sys.stderr)
                 raise KeyboardInterrupt
 
 
@@ -269,6 +272,7 @@ def check(args, cfg: Config, stages: list[str]) -> None:
 
 def run(args, make_codecs) -> None:
     """Train the stages asked for. Raises UserError, OSError, KeyboardInterrupt."""
+    args.device = runs.start_processes(runs.find_device(args.device))
     content, args.lock = runs.prepare_folder(args.out, args.resume, args.overwrite, args.device)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     torch.manual_seed(args.seed % 2**63)
@@ -370,17 +374,7 @@ def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
     kept = [word for word in words if word not in ("--resume", "--overwrite")]
     args.command = shlex.join(["python", "train.py", *kept])
     args.weights, args.extra = {term: getattr(args, term) for term in mf.WEIGHTS}, extra
-    try:
-        args.device = runs.start_processes(runs.find_device(args.device))
-        run(args, make_codecs)
-        return 0
-    except (UserError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = shlex.join([*words, *([] if args.resume else ["--resume"])])
-        print(f"interrupted; go on with: python train.py {again}", file=sys.stderr)
-        return 130
+    return runs.exit_code("train.py", lambda: run(args, make_codecs))
 
 
 if __name__ == "__main__":
