@@ -188,7 +188,7 @@ def score_arm(job: dict, args, results: dict, make_codecs) -> None:
             strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
             replace_file(args.out / f"{name}.png", strip)
     films = {"seconds": job["seconds"], "talkers": job["talkers"]}
-    how = {"settings": {job["mode"]: job["steps"]}, "guidance": job["guidance"]}
+    how = {"settings": [(job["mode"], job["steps"])], "guidance": job["guidance"]}
     for row in evaluate({name: (model, codecs)}, **how, **films)["rows"]:
         key = {"arm": row.pop("checkpoint"), "seed": job["seed"] if row["mode"] else None} | films
         key |= {name: row[name] for name in ("mode", "steps", "guidance", "control")}
@@ -253,7 +253,7 @@ def table(rows: list[dict]) -> str:
         for name in FIGURES:
             if rows[0][name][0] is not None:  # else it does not apply to these films
                 by_window = zip(*[row[name] for row in seeds])
-                line[name] = " / ".join([mean(values) for values in by_window])
+                line[name.replace("_", " ")] = " / ".join([mean(values) for values in by_window])
         lines.append(line)
     return markdown(lines)
 

@@ -93,14 +93,14 @@ def evaluate(
     *,
     talkers=32,
     seconds=25.0,
-    settings=mf.DEFAULT_STEPS,
+    settings=None,
     guidance=1.0,
     seed=0,
     clips=None,
 ) -> dict:
     """Score models (name -> (model, codecs)), with and without transcript, as {"windows", "rows"}.
 
-    settings: mode -> evaluations a chunk. clips: a list of Films, instead of talkers.
+    settings: pairs of a mode and its denoising steps, by default those of both modes. clips: a list of Films, instead of talkers.
     Rows are also printed on stderr as they come. Raises UserError.
     """
     cfg = next(iter(models.values()))[0].cfg
@@ -108,6 +108,7 @@ def evaluate(
         if not same_format(cfg, model.cfg):
             raise UserError(f"{name}: makes films of another format than the first checkpoint")
     ruler, draw, rows = Ruler(cfg), drawer(clips, "joint"), []
+    settings = list(mf.DEFAULT_STEPS.items()) if settings is None else settings
     originals = held_out(cfg, talkers, seconds, 0, draw)
     truth = to_films(originals, cfg)
     reference = to_films(held_out(cfg, talkers, seconds, 1, draw), cfg)
@@ -124,7 +125,8 @@ def evaluate(
         row = {"checkpoint": checkpoint, "mode": mode, "steps": steps}
         row |= {"guidance": guidance if mode else None, "control": control} | figures
         rows.append(row)
-        print(markdown([default_view(row)]).splitlines()[-1], file=sys.stderr, flush=True)
+        shown = [f"{name} {row[name][-1]}" for name in DEFAULT_FIGURES]
+        print(f"{control}, {checkpoint}: {', '.join(shown)}", file=sys.stderr, flush=True)
 
     for control in ("spoken", "babbling"):
         add(truth, control, "ground truth")
@@ -132,16 +134,22 @@ def evaluate(
         options = {"guidance": guidance, "seed": seed}
         options["with_transcript"] = control == "spoken"
         for name, (model, codecs) in models.items():
-            for mode, steps in settings.items():
+            for mode, steps in settings:
                 films = remake(model, codecs, originals, few=mode == "few", steps=steps, **options)
                 add(films, control, name, mode, steps)
     return {"windows": windows, "rows": rows}
 
 
-def default_view(row: dict) -> dict:
-    """A row with the figures that the table shows without --all, each of the last window."""
-    about = {name: value for name, value in row.items() if name not in FIGURES}
-    return about | {name: row[name][-1] for name in DEFAULT_FIGURES}
+def by_figure(rows: list[dict], figures, windows=slice(None)) -> list[dict]:
+    """Rows of evaluate() -> a line for each figure, with a column for each row."""
+    lines = []
+    for name in figures:
+        line = {"figure": name.replace("_", " ")}
+        for row in rows:
+            how = f", {row['mode']} {row['steps']}" if row["mode"] else ""
+            line[row["checkpoint"] + how] = row[name][windows]
+        lines.append(line | {"what it is": FIGURES[name]})
+    return lines
 
 
 def markdown(rows: list[dict]) -> str:
@@ -154,7 +162,7 @@ def markdown(rows: list[dict]) -> str:
             return f"{value:.3g}"
         return "-" if value is None else str(value)
 
-    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
         lines.append([cell(row.get(name)) for name in rows[0]])
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines])
@@ -166,7 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoints", type=Path, nargs="+", metavar="CKPT", help="models of one format")
     add("--mode", choices=mf.DEFAULT_STEPS, help="default: both")
-    add("--steps", type=int, help="evaluations a chunk; default: 4 in mode few, 50 in mode multi")
+    add("--steps", type=int, nargs="+", help="one or several; default: few 4, multi 50")
     add("--guidance", type=float, default=1.0, help="other than 1 (default): twice the evaluations")
     add("--talkers", type=int, default=32, help="films to score; default %(default)s")
     add("--seconds", type=float, default=25.0, help="length of a film; default %(default)s")
@@ -190,11 +198,9 @@ def run(args, make_codecs) -> dict:
         model, codecs = load_talker(path, make_codecs)
         models[str(path)] = model.to(device), codecs.to(device)
     cfg = next(iter(models.values()))[0].cfg
-    settings = dict(mf.DEFAULT_STEPS)
-    if args.mode:
-        settings = {args.mode: settings[args.mode]}
-    if args.steps is not None:
-        settings[args.mode or "few"] = args.steps
+    settings = []
+    for mode in [args.mode] if args.mode else mf.DEFAULT_STEPS:
+        settings += [(mode, steps) for steps in args.steps or [mf.DEFAULT_STEPS[mode]]]
     clips = None
     if args.data:
         with tempfile.TemporaryDirectory() as cache:
@@ -209,14 +215,12 @@ def show(result: dict, args) -> None:
     if args.json:
         print(json.dumps(result))
         return
-    windows, rows, shown = result["windows"], result["rows"], FIGURES
-    if not args.all:
-        windows, shown = windows[-1:], DEFAULT_FIGURES
-        rows = [default_view(row) for row in rows]
-    print("Seconds " + " / ".join([f"{begin}-{end}" for begin, end in windows]) + "\n")
-    print(markdown(rows) + "\n")
-    for name in shown:
-        print(f"- {name.replace('_', ' ')}: {FIGURES[name]}")
+    figures, kept = (FIGURES, slice(None)) if args.all else (DEFAULT_FIGURES, slice(-1, None))
+    windows = " / ".join([f"{begin}-{end}" for begin, end in result["windows"][kept]])
+    for control in ("spoken", "babbling"):
+        rows = [row for row in result["rows"] if row["control"] == control]
+        print(f"\n### {control.capitalize()}, seconds {windows}\n")
+        print(markdown(by_figure(rows, figures, kept)))
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:

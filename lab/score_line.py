@@ -48,7 +48,7 @@ def score_line(folder: Path, make_codecs, device, **options) -> list[dict]:
         raise UserError(
             f"{folder}: no checkpoint makes films yet; stage joint is the first that does"
         )
-    result = evaluate(models, settings={"few": 4}, **options)
+    result = evaluate(models, settings=[("few", 4)], **options)
     scored = {(row["checkpoint"], row["control"]): row for row in result["rows"]}
     lines = []
     for minutes, stage in [*about.items(), ("ground truth", None)]:

@@ -188,7 +188,7 @@ def test_evaluate_scores_in_windows(checkpoint, monkeypatch, capsys):
     assert evaluate.main([*words, "--mode", "few", "--steps", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert result["windows"] == [[0, 5]] and err.count("| ground truth |") == 2
+    assert result["windows"] == [[0, 5]] and err.count("ground truth: ") == 2
     names = ["ground truth", "shuffled sound", str(checkpoint)]
     assert [row["checkpoint"] for row in result["rows"]] == 2 * names
     assert all(list(row)[5:] == list(evaluate.FIGURES) for row in result["rows"])
@@ -198,16 +198,18 @@ def test_evaluate_scores_in_windows(checkpoint, monkeypatch, capsys):
     assert all(row["transcript_error"] == row["lip"] == [None] for row in without)
     assert [(row["mode"], row["steps"]) for row in spoken] == 2 * [(None, None)] + [("few", 1)]
     assert [path.name for path in checkpoint.parent.iterdir()] == ["small.pt"]
-    rows = [{"checkpoint": "a", "mode": None} | {name: [0.25, 0.5] for name in evaluate.FIGURES}]
+    row = {"checkpoint": "a", "mode": "few", "steps": 4, "control": "spoken"}
+    rows = [row | {name: [0.25, 0.5] for name in evaluate.FIGURES}]
+    rows.append(rows[0] | {"control": "babbling"})
     result = {"windows": [(0, 5), (5, 15)], "rows": rows}
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **asked: result)
     assert evaluate.main([*words, "--all"]) == 0
     out = capsys.readouterr().out
-    assert "| a | - | 0.25 / 0.5 | 0.25 / 0.5 |" in out
+    assert "| figure | a, few 4 | what it is |" in out and "| lip | 0.25 / 0.5 |" in out
     assert all(meaning in out for meaning in evaluate.FIGURES.values())
     assert evaluate.main(words) == 0
     out = capsys.readouterr().out
-    assert "Seconds 5-15\n" in out and "| a | - | 0.5 |" in out and "0.25" not in out
+    assert "Babbling, seconds 5-15\n" in out and "| lip | 0.5 |" in out and "0.25" not in out
     for name, meaning in evaluate.FIGURES.items():
         assert (meaning in out) == (name in ruler.DEFAULT_FIGURES)
 
@@ -228,7 +230,7 @@ def test_clips_have_no_letters_to_score():
     clips = evaluate.held_out(SMALL, 2, 6)
     clips = [clip._replace(symbols=0 * clip.symbols + SMALL.unknown) for clip in clips]
     models = {"one": (lively(SMALL), make_codecs(SMALL))}
-    result = evaluate.evaluate(models, talkers=2, seconds=5, settings={}, clips=clips)
+    result = evaluate.evaluate(models, talkers=2, seconds=5, settings=[], clips=clips)
     for row in result["rows"]:
         assert {name for name in evaluate.FIGURES if row[name] != [None]} == set(evaluate.OF_CLIPS)
 
