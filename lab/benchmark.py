@@ -269,7 +269,8 @@ def run(args, make_codecs) -> None:
         return
     print(result["machine"])
     for _, rows in groupby(result["rows"], lambda row: row["what"]):
-        print("\n" + markdown(list(rows)))
+        rows = [{name.replace("_", " "): x for name, x in row.items()} for row in rows]
+        print("\n" + markdown(rows))
     print(LEGEND)
 
 
