@@ -1,19 +1,22 @@
 """Use the page of lab/live.py in a real Chromium: `python -m lab.live_browser --out FOLDER`.
 
-Needs Debian's chromium-driver. Two pages play; in one of them sentences are typed, screenshots show
-open mouths, and the ruler reads the saved film. At last the server is killed.
+Needs Debian's chromium-driver. Sentences are typed, screenshots show open mouths, and the ruler
+reads the film that the page saves; a second page plays and is closed; the server is killed.
 """
 
 import argparse
 import base64
 import json
+import os
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from urllib.request import Request, urlopen, urlretrieve
+from urllib.request import Request, urlopen
 
 import numpy as np
 
@@ -22,70 +25,105 @@ from data.decoding import decode_clip
 from lab.ruler import Ruler, transcript_error
 from sample import SHIPPED, load_talker
 
-DRIVER = "http://127.0.0.1:9515/session"
-FLAGS = ["--headless=new", "--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-WANTED = {"alwaysMatch": {"goog:chromeOptions": {"args": FLAGS}}}
-RECORD = """window.spoken = []; const set = upcoming.set.bind(upcoming)
-  upcoming.set = (number, frame) => { spoken[number] = frame.symbol; set(number, frame) }"""
+FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS += ["--window-size=980,712"]
+ENTER = "\ue007"  # in WebDriver
+RECORD = """film.upcoming.set = function (number, frame) {
+  (window.spoken ??= {})[number] = frame.symbol; return Map.prototype.set.call(this, number, frame) }"""
 
 
-def command(url: str, method: str = "POST", **arguments):
-    """Send a command of WebDriver -> its value."""
-    data = json.dumps(arguments).encode() if method == "POST" else None
-    with urlopen(Request(url, data, method=method), timeout=60) as answer:
-        return json.load(answer)["value"]
+class Browser:
+    """Chromium, driven by chromedriver (WebDriver, a protocol of the W3C)."""
 
+    def __init__(self, driver: str, downloads: Path):
+        options = {"args": FLAGS, "prefs": {"download.default_directory": str(downloads)}}
+        wanted = {"alwaysMatch": {"goog:chromeOptions": options}}
+        self.session = f"{driver}/session"
+        self.session += "/" + self.tell("", capabilities=wanted)["sessionId"]
 
-def use(session: str, address: str, server, args) -> dict:
-    """All that a person would do -> figures."""
+    def tell(self, path: str, method: str = "POST", **arguments):
+        """Send a command -> its value."""
+        data = json.dumps(arguments).encode() if method == "POST" else None
+        with urlopen(Request(self.session + path, data, method=method), timeout=60) as answer:
+            return json.load(answer)["value"]
 
-    def run(script):
-        return command(f"{session}/execute/sync", script=script, args=[])
+    def element(self, selector: str, path: str, **arguments) -> None:
+        """Send a command to an element."""
+        (name,) = self.tell("/element", using="css selector", value=selector).values()
+        self.tell(f"/element/{name}/{path}", **arguments)
 
-    def wait(condition):
-        for _ in range(1000):
-            if run(f"return Boolean({condition})"):
-                return
+    def run(self, expression: str):
+        """The value of an expression in the page."""
+        return self.tell("/execute/sync", script=f"return {expression}", args=[])
+
+    def wait(self, condition: str) -> None:
+        """Until an expression is true. Raises TimeoutError."""
+        end = time.monotonic() + 60
+        while not self.run(f"Boolean({condition})"):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{condition}; the page: {self.run('document.body.innerText')}")
             time.sleep(0.02)
-        raise AssertionError(f"in vain: {condition}; {run('return document.body.innerText')}")
 
-    def say(text):
-        count = run("return state.latencies.length")
-        (name,) = command(f"{session}/element", using="css selector", value="#text").values()
-        command(f"{session}/element/{name}/value", text=text + "\ue007")  # Enter
-        wait(f"state.latencies.length > {count} && state.caption")
+    def begin(self, address: str) -> None:
+        self.tell("/url", url=address)
+        self.element("#begin", "click")
+        self.wait("film?.drawn > 16")
 
-    command(f"{session}/url", url=address)
-    run(RECORD)
-    run("begin()")
-    wait("state.drawn > 16")
-    for sentence in ("mama", "hello you", "my name is ada", "look at me"):
-        say(sentence)
-        wait("'aeio'.includes(about.alphabet[state.symbol])")  # the mouth is open
-        picture = command(f"{session}/screenshot", "GET")
-        Path(args.out, f"{sentence}.png").write_bytes(base64.b64decode(picture))
-        wait("state.run > 8 && state.symbol === silence")
-    path, symbols = Path(args.out, "film.mp4"), np.array([run("return spoken")])
-    urlretrieve(f"{address}/save?film={run('return state.film')}", path)
+    def say(self, text: str, screenshot: Path | None = None) -> None:
+        """Type a text, and wait until it is spoken. The screenshot shows an open mouth."""
+        self.run("caption.text = ''")
+        self.element("#text", "value", text=text + ENTER)
+        if screenshot:
+            self.wait("caption.text.length > 2 && 'aeio'.includes(about.alphabet[caption.symbol])")
+            screenshot.write_bytes(base64.b64decode(self.tell("/screenshot", "GET")))
+        self.wait(f"caption.text.includes('{text}')")
+
+
+def letters_misread(browser: Browser, saved: Path, cfg) -> float:
+    """Save the film, and read it with the ruler."""
+    browser.element("#save", "click")
+    end = time.monotonic() + 60
+    while not saved.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    clip, spoken = decode_clip(saved, cfg), browser.run("spoken")
+    symbols = [spoken.get(str(i), cfg.silence) for i in range(len(clip.frames))]
+    film = Film(clip.frames[None], clip.samples[None], np.array([symbols]), np.zeros(1, int))
+    return round(transcript_error(Ruler(cfg), film, 0, len(clip.frames)), 4)
+
+
+def memory(process: subprocess.Popen) -> int:
+    """What a process holds, in MiB."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s*([0-9]+) kB", status)[1]) // 1024
+
+
+def use(browser: Browser, address: str, server: subprocess.Popen, args) -> dict:
+    """Do what a person would do -> figures."""
+    browser.begin(address)
+    browser.run(RECORD)
+    for text in ("mama", "hello you", "my name is ada", "look at me"):
+        browser.say(text, args.out / f"{text}.png")
     cfg = load_talker(args.checkpoint, make_codecs)[0].cfg
-    clip = decode_clip(path, cfg)
-    film = Film(clip.frames[None], clip.samples[None], symbols, np.zeros(1, int))
-    figures = {"letters_misread": transcript_error(Ruler(cfg), film, 0, len(clip.frames))}
-    page, other = command(f"{session}/window", "GET"), command(f"{session}/window/new", type="tab")
-    command(f"{session}/window", handle=other["handle"])
-    command(f"{session}/url", url=address)
-    run("begin()")
-    wait("state.next > 4")
-    command(f"{session}/window", "DELETE")
-    command(f"{session}/window", handle=page)
-    for _ in range(16):  # 20 sentences in all
-        say("mama")
-        wait("state.run > 8 && state.symbol === silence")
+    figures = {"letters_misread": letters_misread(browser, args.out / "film.mp4", cfg)}
+
+    page, other = browser.tell("/window", "GET"), browser.tell("/window/new", type="tab")
+    browser.tell("/window", handle=other["handle"])
+    browser.begin(address)
+    browser.tell("/window", "DELETE")
+    browser.tell("/window", handle=page)
+
+    began, memories, count = time.monotonic(), [], max(16, round(200 / 60 * args.minutes))
+    for i in range(count):
+        time.sleep(max(0, began + 60 * args.minutes * i / count - time.monotonic()))
+        browser.say("mama")
+        memories.append(memory(server))
+    figures["memory_mib"] = memories[:: count // 8]
     for name in ("latencies", "models"):
-        figures[f"median_{name}_ms"] = statistics.median(run(f"return state.{name}"))
-    figures |= {name: run(f"return state.{name}") for name in ("gaps", "skipped", "behind")}
+        figures[f"median_{name}"] = statistics.median(browser.run(f"figures.{name}"))
+    figures |= {name: browser.run(f"figures.{name}") for name in ("gaps", "skipped", "late")}
     server.kill()
-    wait("document.getElementById('error').textContent.includes('does not answer')")
+    browser.wait("document.body.innerText.includes('the server does not answer')")
     return figures
 
 
@@ -94,23 +132,38 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser("lab.live_browser", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=".", help="folder of screenshots and film")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
+    parser.add_argument("--minutes", type=float, default=1, help="of talk, 200 sentences an hour")
     args = parser.parse_args(argv)
     if not shutil.which("chromedriver"):
         print("skipped: no chromedriver here (Debian: apt-get install chromium-driver)")
         return 0
-    pipe = {"stdout": subprocess.PIPE, "text": True}
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "film.mp4").unlink(missing_ok=True)
     words = [sys.executable, "-m", "lab.live", "--port=0", "--checkpoint", str(args.checkpoint)]
+    pipe = {"stdout": subprocess.PIPE, "text": True}
     with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,  # of Chromium
         subprocess.Popen(words, **pipe) as server,
-        subprocess.Popen(["chromedriver", "--port=9515"], **pipe) as driver,
+        subprocess.Popen(
+            ["chromedriver", "--port=0"],
+            env=os.environ | {"TMPDIR": folder},
+            stderr=subprocess.DEVNULL,
+            **pipe,
+        ) as driver,
     ):
+        browser = None
         try:
-            address = server.stdout.readline().split()[0]
-            next(line for line in driver.stdout if "successfully" in line)  # it has started
-            session = f"{DRIVER}/{command(DRIVER, capabilities=WANTED)['sessionId']}"
-            print(json.dumps(use(session, address, server, args)))
-            command(session, "DELETE")
+            address = server.stdout.readline().split(" ")[0]
+            if not address:
+                return server.wait()  # it has said why
+            started = next(line for line in driver.stdout if "started successfully" in line)
+            port = re.search("port ([0-9]+)", started)[1]
+            browser = Browser(f"http://127.0.0.1:{port}", args.out)
+            print(json.dumps(use(browser, address, server, args)))
         finally:
+            if browser:
+                browser.tell("", "DELETE")
             driver.terminate()
             server.kill()
     return 0
