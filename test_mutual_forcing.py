@@ -1,14 +1,12 @@
 """What the code claims, as values and invariances, on a tiny model and tiny synthetic data."""
 
-import copy
-import functools
 import json
 import math
-import os
 import re
 import runpy
 import shlex
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,19 +15,30 @@ import imageio.v3
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import mutual_forcing as mf
 import sample
 import train
-from data.codecs import make_codecs
+from data import checkpoint
+from data.codecs import AudioCodec, Codecs, VideoCodec
+from data.controls import film_controls, spell, stream_film
+from data.runs import read_config
 from mutual_forcing import AudioVideoTransformer, Config, Controls
 
 HERE = Path(__file__).parent
-WHOLE = "WHOLE" in os.environ  # all seeds of the random tests, not a few
-TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, chunk=2, window=2)
-CODECS = make_codecs(TINY)
-IS_VIDEO = torch.arange(TINY.latent_values) < TINY.video_values
-ONE = torch.ones(1, 1, 2)  # t = 1 for both branches; 0.5 * ONE is t or d = 0.5
+SIZES = {"width": 32, "layers": 2, "heads": 2, "image": 16, "video_dim": 32, "audio_dim": 32}
+TINY = Config(**SIZES, sample_rate=1024, chunk=2, window=2)
+IS_VIDEO = torch.arange(TINY.latent_values) < TINY.tokens * TINY.video_dim
+ONE = torch.ones(1, 1, 1)  # t = 1; 0.5 * ONE is t or d = 0.5
+
+
+def small_codecs(cfg: Config) -> Codecs:
+    return Codecs(VideoCodec(cfg, fine=8, coarse=8), AudioCodec(cfg)).requires_grad_(False)
+
+
+CODECS = small_codecs(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -50,142 +59,129 @@ def some_clip(b=2, chunks=6):
     """Random latents, history and controls; films 0, 2, ... are given their first frame."""
     x, history = torch.randn(2, b, chunks * TINY.chunk, TINY.latent_values)
     symbols = torch.randint(28, (b, chunks * TINY.chunk_frames + 2 * TINY.margin))
-    first_frame = torch.randn(b, 1, TINY.video_tokens, TINY.video_dim)
+    first_frame = torch.randn(b, 1, TINY.tokens, TINY.video_dim)
     controls = Controls(symbols, torch.randint(9, (b,)), first_frame, torch.arange(b) % 2 == 0)
     return x, history, controls
 
 
 def some_case(chunks=6, **changes):
-    """A model and what forward() takes, with a time for each chunk and branch."""
+    """A model and what forward() takes, with a time for each chunk."""
     x, history, controls = some_clip(chunks=chunks)
-    t = torch.rand(2, chunks, 2).repeat_interleave(TINY.chunk, 1)
+    t = torch.rand(2, chunks, 1).repeat_interleave(TINY.chunk, 1)
     d = (1 - t) * torch.rand(2, 1, 1)
     given = {"x_t": x, "t": t, "d": d, "controls": controls, "history": history}
     return lively(**changes), given
 
 
-# ---- Config, symbols, codecs ----
-def test_config_converts_types_and_names_the_field_that_is_wrong():
-    cfg = Config(motion=2, characters=["ada"])
-    assert cfg == Config(motion=2.0, characters=("ada",)) and type(cfg.motion) is float
-    types = {"window": 2.0, "fps": True, "characters": "ada", "compand": "1", "motion": math.nan}
-    ranges = {"chunk": 0, "video_channels": -1, "layers": 1000, "late": 0.5, "width": 2**20}
-    fits = {"patch": 15, "step_sounds": 3, "bands": 3, "width": 100, "clock": 1, "late": 1}
-    for name, value in [*types.items(), *ranges.items(), *fits.items()]:
-        with pytest.raises(mf.UserError, match=rf"\b{name}\b"):
-            Config(**{name: value})
+# ---- Config and symbols --------------------------------------------------------------------------
+
+
+def test_config_names_the_field_that_is_wrong():
+    wrong = (
+        "window=2.0 fps=x characters=9 shift=-4 chunk=0 fps=0 video_dim=-1 layers=1048576 tokens=3"
+    )
+    for pair in f"{wrong} width=100 clock=1 shift=nan nothing=1 sample_rate=8001".split():
+        with pytest.raises(mf.UserError, match=pair):
+            read_config([pair])
+    assert read_config(["shift=2.5", "width=96"]) == Config(shift=2.5, width=96)
 
 
 def test_silence_is_the_last_symbol_and_unknown_the_next():
-    assert mf.spell("É b!", frames=2) == [4, 4, 26, 26, 1, 1, 26, 26]
-    cfg = replace(TINY, symbols=11)
-    said = mf.film_controls(cfg, CODECS, 1, transcript=[3, 11]).symbols[0].tolist()
-    assert said == [10] * 4 + [3, 11] + [10] * 6  # four frames and their margins
-    assert mf.film_controls(cfg, CODECS, 1).symbols.unique().tolist() == [11]
-    with pytest.raises(mf.UserError, match="between 0 and 11"):
-        mf.film_controls(cfg, CODECS, 1, transcript=[12])
+    assert spell("É b!", frames=2) == [4, 4, 26, 26, 1, 1, 26, 26]
+    model = lively(symbols=11)
+    said, unknown, *wrong = [
+        film_controls(model, CODECS, transcript) for transcript in ([3, 11], None, [12], [-1], "hi")
+    ]
+    assert next(said).symbols.tolist() == [[10] * 4 + [3, 11] + [10] * 6]  # frames and margins
+    assert next(unknown).symbols.tolist() == [[11] * 12]
+    for film in wrong:
+        with pytest.raises(mf.UserError, match="symbols"):
+            next(film)
 
 
-# ---- Schedules and the denoising loop ----
-def test_grids_are_warped_progress_and_those_of_4_and_8_nest():
-    even = torch.linspace(0, 1, 5)
+# ---- Schedules and the denoising loop ------------------------------------------------------------
+
+
+def test_times_of_sampling_and_training_are_warped_progress():
     assert mf.warp(0, 4.0) == 0 and mf.warp(0.5, 4.0) == 0.2 and mf.warp(1, 4.0) == 1
-    video, audio = mf.time_grid(TINY, 4)[:, 0, 0].unbind(-1)
-    assert torch.equal(audio, mf.warp(even, TINY.audio_shift)) and (audio.diff() > 0).all()
-    u = torch.tensor([0, TINY.late / 3, TINY.late * 2 / 3, TINY.late, 1])  # a late last step
-    assert torch.allclose(video, mf.warp(u, TINY.video_shift), atol=1e-6)
-    assert torch.equal(mf.time_grid(TINY, 4), mf.time_grid(TINY, 8)[::2])
-    many = mf.time_grid(TINY, 40)[::10, 0, 0, 0]  # even: training draws few late times
-    assert torch.allclose(many, mf.warp(even, TINY.video_shift), atol=1e-5)
-
-
-def test_times_of_training_are_warped_too_one_for_each_chunk_and_branch():
+    grid = mf.time_grid(TINY, 4)
+    assert torch.equal(grid.flatten(), mf.warp(torch.linspace(0, 1, 5), TINY.shift))
+    assert torch.equal(grid, mf.time_grid(TINY, 8)[::2])
     t = mf.draw_times(TINY, torch.zeros(20, 1000, 1), chunk=2)
-    assert torch.equal(t[:, ::2], t[:, 1::2])
-    u = mf.warp(t, 1 / TINY.shifts)  # its inverse
-    assert torch.allclose(u.flatten(0, 1).median(0).values, torch.tensor(0.5), atol=0.02)
-    same = torch.isclose(u[..., 0], u[..., 1], atol=1e-5).float().mean()
-    assert abs(same - 0.5) < 0.02  # half of the chunks have the same progress in both
+    assert torch.equal(t[:, ::2], t[:, 1::2])  # one for each chunk
+    u = mf.warp(t, 1 / TINY.shift)  # its inverse
+    assert torch.allclose(u.median(), torch.tensor(0.5), atol=0.02) and 0.2 < u.std() < 0.3
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 50])
 def test_analytic_velocity_returns_the_data(steps):
-    data, noise = torch.randn(2, 2, 4, TINY.latent_values)
-    times = mf.time_grid(TINY, steps)
-    states = mf.denoise(TINY, lambda x_t, k: data, noise, times)
-    assert len(states) == steps + 1 and (states[-1] - data).abs().max() < 1e-5
-    for x_t, t in zip(states, times):
-        assert (x_t - mf.add_noise(TINY, data, noise, t)).abs().max() < 1e-5
-        clamped = mf.each_value(TINY, ((1 - t) / 0.2).clamp(max=1))  # slower near the data
-        v = mf.velocity(TINY, data, x_t, t)
-        assert (v - clamped * (data - noise)).abs().max() < 1e-4
+    model, (data, _, controls) = lively(), some_clip(chunks=3)
+    chunks, times = data.split(TINY.chunk, 1), mf.time_grid(TINY, steps)
+
+    def step(x_t, t, d, given, cache, commit=False):
+        x = chunks[cache.count]
+        cache.count += int(commit)
+        assert not commit or (x_t - x).abs().max() < 1e-4  # the finished chunk
+        return (x - x_t) / (1 - t)
+
+    with mock.patch.object(model, "step", step):
+        films = list(mf.generate(model, controls.chunks(TINY), times))
+    for states, x in zip(films, chunks, strict=True):
+        assert len(states) == steps + 1 and 0.8 < states[0].std() < 1.2
+        for x_t, t in zip(states, times):
+            assert (x_t - mf.add_noise(x, states[0], t)).abs().max() < 1e-4
+        assert (states[-1] - x).abs().max() < 1e-4
 
 
-# ---- The model: who attends to whom ----
-def test_equal_instants_have_equal_phase_in_both_modalities():
-    video, audio = AudioVideoTransformer(TINY).phases(torch.arange(5))
-    half = TINY.head_dim // 4  # the pairs that turn with time
-    video = video.unflatten(0, (5, TINY.video_tokens))[:, :, :half]
-    audio = audio.unflatten(0, (5, TINY.step_sounds, TINY.bands))[..., :half, :]
-    assert torch.equal(video[:, 0], audio[:, 0, 0])  # the first hop of a latent frame
-    assert not torch.equal(video[:, 0], audio[:, 1, 0])
-    assert torch.equal(audio[:, :, 0], audio[:, :, 1])  # both bands of a hop sound at once
+# ---- The model: who attends to whom --------------------------------------------------------------
 
 
-@torch.inference_mode()
-def test_weights_in_bf16_hardly_change_the_output():
-    model, given = some_case()
-    exact, rough = model(**given), copy.deepcopy(model).bfloat16()(**given)
-    assert rough.dtype == torch.float32
-    assert 0 < (rough - exact).std() < 0.03 * exact.std()
+def test_equal_instants_have_equal_phase_in_both_branches_and_turns_are_whole():
+    period = TINY.clock * TINY.fps // TINY.step_frames
+    cos, sin = mf.rotary_phases(TINY, torch.arange(period + 1))
+    cos, sin = (table.unflatten(0, (period + 1, 2 * TINY.tokens)) for table in (cos, sin))
+    for table in (cos, sin):
+        time, place = table.chunk(2, -1)
+        video, audio = time[:, : TINY.tokens], time[:, TINY.tokens :]
+        assert torch.equal(video, audio[:, :1].expand_as(video))  # the first hop of a latent frame
+        assert torch.equal(time[period], time[0]) and (audio[0, :1] != audio[0, 1:]).any(-1).all()
+        assert len(place[:, : TINY.tokens].flatten(0, 1).unique(dim=0)) == TINY.tokens
+    assert (place[:, TINY.tokens :] == 0).all()  # sines: sound has no place
+    turns = cos[1:] * cos[:-1] + sin[1:] * sin[:-1]  # of a latent frame, by each pair
+    assert torch.allclose(turns, turns[:1].expand_as(turns), atol=1e-4)  # the last one too
 
 
-def test_positions_stay_bounded_and_the_same_after_10000_chunks():
-    model, (x, _, controls) = lively(), some_clip(chunks=1)
-    controls = controls._replace(symbols=torch.full((2, 50_000), 3))
-    period = TINY.clock_ticks // TINY.step_sounds // TINY.chunk
-    outs = []
-    for count in (4, 4 + 157 * period):
-        cache = model.start(controls)
-        for cache.count in (count - 2, count - 1, count):
-            out = model.step(x, 0.5 * ONE, 0 * ONE, controls, cache, commit=True)
-        outs.append(out)
-    assert count > 10_000 and torch.equal(*outs)
-
-
-@pytest.mark.parametrize("window, asked", [(1, None), (2, None), (2, 1)])
-def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window, asked):
+@pytest.mark.parametrize("window", [1, 2])
+def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
     """The most important test: both modes, controls on, before and after the window rolls."""
     model, given = some_case(chunks=7, window=window)
     x, t, d, controls, history = given.values()
     d[0] = 0  # one film in multi-step mode, one in few-step mode
-    whole = model(**given, window=asked)
-    cache = model.start(controls, asked)
-    for s in range(0, 7 * TINY.chunk, TINY.chunk):
-        chunk = slice(s, s + TINY.chunk)
-        piece = model.step(x[:, chunk], t[:, s : s + 1], d[:, s : s + 1], controls, cache)
+    whole, cache = model(**given), model.start(controls)
+    for i, own in enumerate(controls.chunks(TINY)):
+        chunk = slice(i * TINY.chunk, (i + 1) * TINY.chunk)
+        piece = model.step(x[:, chunk], t[:, chunk][:, :1], d[:, chunk][:, :1], own, cache)
         assert (piece - whole[:, chunk]).abs().max() < 1e-4 * whole.std()
-        model.step(history[:, chunk], ONE, 0 * ONE, controls, cache, commit=True)
+        model.step(history[:, chunk], ONE, 0 * ONE, own, cache, commit=True)
+    assert cache.count == 7
 
 
 def test_the_mask_is_the_picture_in_its_docstring():
-    sizes = (TINY.video_tokens, TINY.audio_tokens)
-    clip = [SimpleNamespace(phases=range(3 * 2 * size), x=ONE) for size in sizes]  # 3 chunks of 2
-    first = SimpleNamespace(phases=range(TINY.video_tokens))
-    mask = mf.ParallelAttention(clip + clip, [first], 3, window=1, has_history=True).mask
-    lines = re.findall(r".*(?:first|history \d|noised \d) .*x.*", mf.ParallelAttention.__doc__)
+    cfg, tokens = replace(TINY, window=1), 2 * TINY.tokens  # of a latent frame
+    mask = mf.ParallelAttention(cfg, 6, chunk=2, has_history=True, coupled=True).mask  # 3 chunks
+    rows = r"(?m)^ +(?:rows:)? +(?:reference|history \d|noised \d) .*x.*"
+    lines = re.findall(rows, mf.ParallelAttention.__doc__)
     places = sorted({match.start() for line in lines for match in re.finditer("x", line)})
     picture = torch.tensor([[line[place : place + 1] == "x" for place in places] for line in lines])
-    assert picture.shape == (7, 8) and picture[0].tolist() == [True] + 7 * [False]
-    chunk = torch.cat([torch.arange(3).repeat_interleave(2 * size) for size in sizes])
-    row = torch.cat([1 + chunk, 4 + chunk])
-    sink = torch.ones_like(chunk[chunk == 0])
-    column = torch.cat([torch.zeros(TINY.video_tokens).long(), sink, 2 + chunk, 5 + chunk])
+    assert picture.shape == (7, 8) and picture[0].tolist() == [False, True] + 6 * [False]
+    chunk = torch.arange(3).repeat_interleave(2)
+    row = torch.cat([torch.tensor([0]), 1 + chunk, 4 + chunk]).repeat_interleave(tokens)
+    column = torch.cat([torch.tensor([0, 0, 1]), 2 + chunk, 5 + chunk]).repeat_interleave(tokens)
     assert torch.equal(mask, picture[row][:, column])
 
 
 def chunks_changed(model, given, **other):
-    """The numbers of the chunks whose x_pred other inputs change."""
+    """The numbers of the chunks whose v other inputs change."""
     change = (model(**given | other) - model(**given)).abs().amax((0, 2))
     return change.unflatten(0, (-1, TINY.chunk)).amax(1).nonzero().flatten().tolist()
 
@@ -198,18 +194,41 @@ def test_future_leaves_the_past_alone_and_history_moves_the_chunk(layers):
         moved = chunks_changed(model, given, history=given["history"] + bump)
         assert moved == list(visible_to)
         assert chunks_changed(model, given, x_t=given["x_t"] + bump) == [at]
+        if at:  # without history a chunk sees itself alone, even if it is the whole clip
+            bumped = {"history": None, "x_t": given["x_t"] + bump}
+            assert chunks_changed(model, given | {"history": None}, **bumped) == [at]
+            alone = given | {"history": None, "chunk": 9 * TINY.chunk}
+            assert chunks_changed(model, alone, **bumped) == list(range(9))
     moved = given["controls"]._replace(first_frame=-given["controls"].first_frame)
     assert chunks_changed(model, given, controls=moved) == list(range(9))
+    end = 3 * TINY.chunk_frames + 2 * TINY.margin
+    for at, chunk in ((end - 1, 2), (end, 3)):  # the last symbol that chunk 2 sees, and the next
+        symbols = given["controls"].symbols.clone()
+        symbols[:, at] = (symbols[:, at] + 1) % 27
+        other = given["controls"]._replace(symbols=symbols)
+        assert chunks_changed(model, given, controls=other)[0] == chunk
 
 
-def test_each_modality_moves_the_other_and_sound_alone_has_a_gain_of_x_t():
-    model, given = some_case(chunks=1)
-    before, x = model(**given), given["x_t"]
-    for moved in (IS_VIDEO, ~IS_VIDEO):
-        change = model(**given | {"x_t": x + moved}) - before
-        assert change[..., ~moved].abs().max() > 1e-4
-    model.audio.gain.bias.data += 0.5
-    assert torch.allclose(model(**given) - before, 0.5 * x * ~IS_VIDEO, atol=1e-5)
+def test_the_reference_sees_itself_alone():
+    (model, given), seen = some_case(), []
+    model.blocks[-1].register_forward_hook(lambda _, inputs, out: seen.append(out[:, :, 0]))
+    others = {"history": None}, {"x_t": -given["x_t"], "history": -given["history"]}
+    for other in ({}, *others):
+        model(**given | other)
+    model.start(given["controls"])
+    assert len(seen) == 4 and seen[0].std() > 0.1
+    assert all(torch.allclose(reference, seen[0], atol=1e-5) for reference in seen)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_branches_see_each_other_only_if_coupled(coupled):
+    model, given = some_case()
+    before = model(**given, coupled=coupled)
+    for name in ("x_t", "history"):
+        for moved in (IS_VIDEO, ~IS_VIDEO):
+            after = model(**given | {name: given[name] + moved}, coupled=coupled)
+            assert not torch.allclose(after[..., moved], before[..., moved], atol=1e-3)
+            assert torch.equal(after[..., ~moved], before[..., ~moved]) == (not coupled)
 
 
 @pytest.mark.parametrize("control", ["symbols", "character", "first_frame"])
@@ -222,294 +241,261 @@ def test_each_control_matters_and_can_be_dropped_or_amplified(control):
     change = model(**given | {"controls": other}) - own
     assert change[0].abs().max() > 1e-4  # film 0 is given its first frame, film 1 is not
     assert torch.equal(model(**given | {"controls": other.dropped(TINY)}), null)
-    guided = mf.guided(model, **given, guidance=3.0)
-    assert torch.allclose(guided, null + 3 * (own - null), atol=1e-4)
+    for guidance, expected in ((1, own), (0, null), (ONE, own), (3, null + 3 * (own - null))):
+        guided = mf.guided(model, **given, guidance=guidance)
+        assert torch.allclose(guided, expected, atol=1e-4)
 
 
-def test_a_chunk_reads_the_transcript_up_to_four_frames_past_its_end():
-    model, given = some_case()
-    end = 3 * TINY.chunk_frames + 2 * TINY.margin
-    for at, chunk in ((end - 1, 2), (end, 3)):  # the last symbol that chunk 2 sees, and the next
-        symbols = given["controls"].symbols.clone()
-        symbols[:, at] = (symbols[:, at] + 1) % 27
-        other = given["controls"]._replace(symbols=symbols)
-        assert chunks_changed(model, given, controls=other)[0] == chunk
+# ---- The cache and the sampler -------------------------------------------------------------------
 
 
-def test_a_chunk_without_history_sees_itself_alone_even_if_it_is_the_whole_clip():
-    model, given = some_case()
-    given["history"] = None
-    other = given["x_t"] + (torch.arange(12) == 11)[:, None]
-    assert chunks_changed(model, given, x_t=other) == [5]
-    assert chunks_changed(model, given | {"chunk": 12}, x_t=other) == list(range(6))
-
-
-def test_forward_asserts_shapes():
-    model, given = some_case()
-    with pytest.raises(AssertionError, match="one number for video and one for audio"):
-        model(**given | {"t": given["t"][..., :1]})
-    with pytest.raises(AssertionError, match="whole number of chunks"):
-        model(**given, chunk=5)
-
-
-# ---- The cache and the sampler ----
-def test_the_cache_keeps_the_sink_and_only_a_commit_writes_it():
+def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
     model, (x, _, controls) = lively(), some_clip(chunks=12)
     cache, states = model.start(controls), []
-    for chunk in x.split(TINY.chunk, 1):
-        states.append(torch.stack([cache.k, cache.v])[..., cache.size :, :].clone())
+    for i, (chunk, own) in enumerate(zip(x.split(TINY.chunk, 1), controls.chunks(TINY))):
+        states.append([torch.stack(pair) for pair in cache.kept[-1]])
         for d in (0, 0.5):
-            model.step(chunk, 0.3 * ONE, d * ONE, controls, cache)
-        assert torch.equal(torch.stack([cache.k, cache.v])[..., cache.size :, :], states[-1])
-        model.step(chunk, ONE, 0 * ONE, controls, cache, commit=True)
-    first_frame, sink, newest, _ = states[1].split([TINY.video_tokens, *3 * [cache.size]], -2)
-    assert torch.equal(sink[0], mf.without_time(newest[0])) and torch.equal(sink[1], newest[1])
-    kept = torch.cat([first_frame, sink], -2)
-    assert kept.abs().amax((1, 2, 3, 5)).min() > 0  # no place of it is empty
-    for state in states[1:]:
-        assert torch.equal(state[..., : kept.shape[-2], :], kept)
+            model.step(chunk, 0.3 * ONE, d * ONE, own, cache)
+        for pair, before in zip(cache.kept[-1], states[-1], strict=True):
+            assert torch.equal(torch.stack(pair), before)
+        model.step(chunk, ONE, 0 * ONE, own, cache, commit=True)
+        # Latent frames of the reference, the sink, and the window.
+        frames = [k.shape[2] / (2 * TINY.tokens) for k, _ in cache.kept[-1]]
+        assert frames == [1] + [TINY.chunk] * (1 + min(i + 1, TINY.window))
+    reference, sink, newest = states[1]
+    timeless = newest[0].unflatten(-1, (2, 2, -1)) * torch.tensor([[0.0], [1.0]])  # time, place
+    assert torch.equal(sink[0], timeless.flatten(-3)) and torch.equal(sink[1], newest[1])
+    for first, second, *_ in states[1:]:
+        assert torch.equal(first, reference) and torch.equal(second, sink)
 
 
 @pytest.mark.parametrize("few", [True, False])
 def test_a_chunk_is_denoised_in_its_mode_and_committed_at_t_1_and_d_0(few):
     model, grid = lively(), mf.time_grid(TINY, 2)
     with mock.patch.object(model, "step", wraps=model.step) as step:
-        list(mf.generate(model, some_clip()[2], 3, grid, few=few))
-    calls = step.call_args_list
-    t, d = (torch.stack([call.args[i] for call in calls]) for i in (1, 2))
+        films = list(mf.generate(model, some_clip(chunks=3)[2].chunks(TINY), grid, few=few))
+    x, t, d = (torch.stack([call.args[i] for call in step.call_args_list]) for i in range(3))
     sizes = torch.cat([few * grid.diff(dim=0), 0 * grid[:1]])
-    for given, expected in ((t, grid), (d, sizes)):  # all but the commit of the last chunk
-        assert torch.equal(given, expected.repeat(3, 1, 1, 1)[:-1])
-    assert [bool(call.kwargs) for call in calls] == (3 * [False, False, True])[:-1]  # commit=True
+    assert torch.equal(t, grid.repeat(3, 1, 1, 1)) and torch.equal(d, sizes.repeat(3, 1, 1, 1))
+    assert torch.equal(x, torch.stack([state for states in films for state in states]))
+    commits = [call.kwargs.get("commit", False) for call in step.call_args_list]
+    assert commits == 3 * [False, False, True]
 
 
-class StandIn:
-    """A stand-in for a VAE of 4 frames a latent frame: it shows greys, which add up over time."""
+class StandIn(nn.Module):
+    """A stand-in for a VAE of any stride: it shows greys, which add up over time."""
+
+    cfg = TINY
 
     def encode(self, frames):
-        grey = frames.float().unflatten(1, (-1, 4)).mean((2, 3, 4, 5))
-        return grey[..., None, None].expand(-1, -1, TINY.video_tokens, 8)
+        grey = frames.float().unflatten(1, (-1, self.cfg.step_frames)).mean((2, 3, 4, 5))
+        return grey[..., None, None].expand(-1, -1, self.cfg.tokens, self.cfg.video_dim)
 
     def decode_next(self, latents, state=None):
         grey = latents.mean((2, 3)).cumsum(1) + (100 if state is None else state)
-        frames = grey.byte().repeat_interleave(4, 1)[..., None, None, None]
-        return frames.expand(-1, -1, 16, 16, 3), grey[:, -1:]
+        frames = grey.byte().repeat_interleave(self.cfg.step_frames, 1)[..., None, None, None]
+        return frames.expand(-1, -1, self.cfg.image, self.cfg.image, 3), grey[:, -1:]
 
 
-@pytest.mark.parametrize("seconds, video", [(1.3, CODECS.video), (1.5, StandIn())])
-def test_stream_is_exact_in_length_and_equals_one_shot_with_any_codec(seconds, video):
-    stride_4 = {"step_frames": 4, "video_channels": 8}
-    model = lively(**stride_4 if isinstance(video, StandIn) else {})
-    codecs, count = make_codecs(model.cfg)._replace(video=video), round(16 * seconds)
-    picture = np.full((16, 16, 3), 7, np.uint8)
-    options = {"transcript": "hi you", "character": "ada", "first_frame": picture}
-    pieces = list(mf.stream(model, codecs, seconds=seconds, seed=3, **options))
+def stand_in(cfg: Config) -> Codecs:
+    codecs = Codecs(StandIn(), AudioCodec(cfg))
+    codecs.video.cfg = cfg
+    return codecs
+
+
+@pytest.mark.parametrize("seconds, make_codecs", [(1.3, small_codecs), (1.5, stand_in)])
+def test_stream_is_exact_in_length_and_equals_one_shot_with_any_codec(seconds, make_codecs):
+    stride_4 = {"step_frames": 4, "audio_dim": 64}
+    model = lively(**stride_4 if make_codecs == stand_in else {})
+    cfg, codecs, count = model.cfg, make_codecs(model.cfg), round(16 * seconds)
+    given = {"transcript": "hi you", "character": "ada"}
+    given["first_frame"] = np.full((16, 16, 3), 7, np.uint8)
+    pieces = list(stream_film(model, codecs, seconds=seconds, seed=3, **given))
     frames, samples = map(np.concatenate, zip(*pieces))
     assert len(frames) == count and len(samples) == 64 * count
-    assert len(pieces[0][1]) == 64 * model.cfg.chunk_frames - model.cfg.hop
-    controls = mf.film_controls(model.cfg, codecs, len(pieces), **options)
-    times, noise = mf.time_grid(model.cfg, 4), torch.Generator().manual_seed(3)
-    films = mf.generate(model, controls, len(pieces), times, generator=noise)
-    video, audio = mf.split(model.cfg, torch.cat([states[-1] for states in films], 1))
-    assert np.array_equal(codecs.video.decode_next(video)[0][0, :count], frames)
-    whole = codecs.audio.decode(audio)[0, : 64 * count].numpy()
+    assert len(pieces[0][1]) == 64 * cfg.chunk_frames - cfg.hop  # the last hop comes later
+    controls = islice(film_controls(model, codecs, *given.values()), len(pieces))
+    noise = torch.Generator().manual_seed(3)
+    films = mf.generate(model, controls, mf.time_grid(cfg, 4), generator=noise)
+    tokens, sound = mf.split(cfg, torch.cat([states[-1] for states in films], 1))
+    assert np.array_equal(codecs.video.decode_next(tokens)[0][0, :count], frames)
+    whole = codecs.audio.decode(sound)[0, : 64 * count].numpy()
     assert abs(whole - samples).max() <= 1e-5 * abs(whole).max()
-    codecs.audio.decode_next = mock.Mock(side_effect=RuntimeError("a bug"))
-    with pytest.raises(RuntimeError, match="a bug"):  # is not swallowed
-        next(mf.stream(model, codecs, seconds=1))
+
+
+def test_a_transcript_that_comes_late_gives_the_same_film_bit_for_bit():
+    model, taken, symbols = lively(), [], torch.randint(27, (99,)).tolist()
+
+    def live():
+        for symbol in symbols:
+            taken.append(symbol)
+            yield symbol
+
+    known = list(stream_film(model, CODECS, seconds=2.2, transcript=symbols))
+    late = stream_film(model, CODECS, seconds=2.2, transcript=live())
+    for i, (before, now) in enumerate(zip(known, late, strict=True)):
+        assert len(taken) == (i + 1) * TINY.chunk_frames + TINY.margin  # no further ahead
+        assert all(map(np.array_equal, before, now))
 
 
 def test_stream_takes_4_steps_or_50_unless_told_and_guidance_of_one_is_none():
-    model, films = lively(), []
-    multi = {"mode": "multi"}
-    choices = [{}, {"steps": 4}, {"steps": 5}, multi, multi | {"steps": 50}]
-    choices += [{"guidance": 1 + 1e-6}, {"guidance": 3.0}]  # both double the batch
-    for options in choices:
-        film = mf.stream(model, CODECS, seconds=0.75, transcript="abc", **options)
-        films.append(np.concatenate([frames for frames, _ in film]).astype(int))
-    few, four, five, multi, fifty, unguided, guided = films
-    assert (few == four).all() and (few != five).any()
-    assert (multi == fifty).all() and (multi != few).any()
-    assert abs(unguided - few).max() <= 1 < abs(guided - few).max()
+    model = lively()
 
+    def film(**options):
+        pieces = stream_film(model, CODECS, seconds=0.75, **{"transcript": "abc"} | options)
+        return np.concatenate([samples for _, samples in pieces])
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_callers_default_dtype_does_not_change_a_film(dtype):
-    model, films = lively(), []
-    for default in (torch.float32, dtype):
-        torch.set_default_dtype(default)
-        try:
-            mf.rotary_table.cache_clear()
-            pieces = list(mf.stream(model, make_codecs(TINY), seconds=0.75, transcript="ab"))
-        finally:
-            torch.set_default_dtype(torch.float32)
-        films.append([np.concatenate(parts) for parts in zip(*pieces)])
-    assert all(np.array_equal(*parts) for parts in zip(*films))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(mf.UserError, match="autocast"):
-        next(mf.stream(model, CODECS, seconds=1))
+    def alike(one, other):
+        return np.allclose(one, other, atol=1e-3 * abs(few).max())
+
+    few, multi = film(), film(mode="multi")
+    assert (few == film(steps=4)).all() and not alike(few, film(steps=5))
+    assert (multi == film(mode="multi", steps=50)).all() and not alike(multi, few)
+    assert alike(few, film(guidance=1 + 1e-6)) and not alike(few, film(guidance=3.0))
+    assert alike(film(transcript=None), film(guidance=0)) and not alike(few, film(guidance=0))
 
 
 def test_stream_refuses_what_it_cannot_do():
-    model, options = lively(), [("seconds", 0), ("steps", 0), ("window", 3), ("window", 0)]
-    options += [("seconds", math.nan), ("guidance", math.nan)]
-    options += [("mode", "both"), ("character", "nobody"), ("transcript", [99])]
+    model, options = lively(), [("seconds", 0), ("steps", 0), ("seed", -1), ("seconds", 1e6)]
+    options += [("seconds", math.nan), ("guidance", math.nan), ("character", 9)]
+    options += [("character", "nobody"), ("transcript", [99])]
     options += [("first_frame", np.zeros((16, 16, 3))), ("first_frame", np.uint8([[[0] * 3]]))]
     for name, value in options:
         with pytest.raises(mf.UserError):
-            next(mf.stream(model, CODECS, **{"seconds": 1} | {name: value}))
+            next(stream_film(model, CODECS, **{"seconds": 1} | {name: value}))
 
 
-# ---- The objectives ----
+# ---- The objectives ------------------------------------------------------------------------------
+
+
 def test_stage_2_overfits_a_batch_and_leaves_both_modes_equal_bit_for_bit():
     model, (_, given) = AudioVideoTransformer(TINY), some_case(chunks=2)
+    list(stream_film(model, CODECS, seconds=0.5))  # to sample first does not disturb training
     given["history"] = x = given["x_t"]
     optimizer, losses = torch.optim.AdamW(model.parameters(), 3e-3), []
+    few_step = model.conditioning.size
     for _ in range(120):
         optimizer.zero_grad()
         loss, _ = mf.flow_matching_loss(model, x, x, given["controls"])
         loss.backward()
+        assert not any(weight.grad.any() for weight in few_step.parameters())
         optimizer.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     multi = model(**given | {"d": 0 * ONE})
     assert torch.equal(model(**given), multi)
-    for branch in (model.video, model.audio):
-        branch.step.size[-1].weight.data += 0.1
+    few_step[-1].weight.data += 0.1
     assert torch.equal(model(**given | {"d": 0 * ONE}), multi)
     assert not torch.equal(model(**given), multi)
 
 
-@pytest.mark.parametrize("branch, other", [("video", "audio"), ("audio", "video")])
-def test_unimodal_training_leaves_the_other_branch_alone(branch, other):
-    model, (x, _, controls) = lively(), some_clip()
-    loss, _ = mf.flow_matching_loss(model, x, x, controls, branches=(branch,))
-    loss.backward()
-    moved = {name for name, weight in model.named_parameters() if weight.grad is not None}
-    assert not any(name.startswith(other) for name in moved)
-    assert {f"{branch}.{name}.weight" for name in ("embed", "head.2", "text.out")} <= moved
-
-
-def stage3(b=3, chunks=6, **options):
+def stage3(b=3, chunks=6, frozen=(), **options):
     """Losses and logs of a step of stage 3, and its models."""
     torch.manual_seed(0)
-    models = {"teacher": lively(), "real": lively(), "fake": lively()}
-    model, (x, _, controls) = lively(), some_clip(b, chunks)
-    losses, logs = mf.mutual_forcing_loss(model, x, controls, **models | options)
-    return losses, logs, {"model": model} | models
+    nets = {name: lively() for name in ("model", "teacher", "real_score", "fake_score")}
+    for name in frozen:
+        nets[name].requires_grad_(False)
+    x, _, controls = some_clip(b, chunks)
+    return *mf.mutual_forcing_loss(**{"x": x, "controls": controls} | nets | options), nets
 
 
 @pytest.mark.parametrize("bf16", [False, True])  # a rollout's casts must not hide the weights
 @pytest.mark.parametrize("term", ["flow", "shortcut", "dmd", "fake"])
 @pytest.mark.parametrize("history", ["few", "real"])
 def test_each_objective_reaches_the_weights_of_both_branches(term, history, bf16):
-    with train.autocast(SimpleNamespace(device=ONE.device, precision="bf16" if bf16 else "fp32")):
-        losses, logs, models = stage3(history=history)
+    args = SimpleNamespace(device=ONE.device, precision="bf16" if bf16 else "fp32")
+    with train.autocast(args):
+        losses, logs, nets = stage3(self_made=history == "few")
     losses[term].backward()
-    net = models.pop("fake" if term == "fake" else "model")
-    for branch in (net.video, net.audio):
-        for layer in (branch.sides[0].qkv, branch.head[-1]):
-            assert layer.weight.grad.abs().max() > 0
-        few_step = branch.step.size[-1].weight.grad.abs().max() > 0
-        assert few_step == (term in ("shortcut", "dmd"))
-    for other in models.values():  # no gradient through history, targets and scores
+    net = nets.pop("fake_score" if term == "fake" else "model")
+    for weight in (net.place, net.blocks[0].qkv.weight, net.blocks[-1].down.weight):
+        assert weight.grad.abs().flatten(1).amax(1).min() > 0  # of video and of audio
+    for layer in (*net.embed, *net.head):
+        assert layer.weight.grad.abs().max() > 0
+    few_step = net.conditioning.size[-1].weight.grad.abs().max() > 0
+    assert few_step == (term in ("shortcut", "dmd"))
+    for other in nets.values():  # no gradient through history, targets and scores
         assert all(weight.grad is None for weight in other.parameters())
     assert all(math.isfinite(value) for value in logs.values())
 
 
+@pytest.mark.parametrize(
+    "term, moves, frozen", [("dmd", "model", "fake_score"), ("fake", "fake_score", "model")]
+)
+def test_generator_and_fake_score_move_apart(term, moves, frozen):
+    losses, _, nets = stage3(weights={"dmd": 1}, frozen=[frozen])
+    before = {name: net.place.clone() for name, net in nets.items()}
+    losses[term].backward()
+    for net in nets.values():
+        torch.optim.SGD(net.parameters(), 0.1).step()
+    moved = [name for name, net in nets.items() if not torch.equal(net.place, before[name])]
+    assert moved == [moves]
+
+
 def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
-    weights = {"flow": 0.6, "shortcut": 1 / 3, "dmd": 1 / 3}
+    weights = {"flow": 2.0, "shortcut": 1 / 3, "dmd": 1 / 3}
     usual, heavier, guided = stage3()[0], stage3(weights=weights)[0], stage3(guidance=2.0)[0]
     ratios = [(heavier[term] / usual[term]).item() for term in (*weights, "fake")]
     assert np.allclose(ratios, [2, 0.5, 1, 1])
     assert {term for term in usual if guided[term] != usual[term]} == {"shortcut", "dmd"}
     mine = mock.Mock(return_value=(torch.tensor(3.0), {"mine": 3.0}))  # a fork's own
-    options = {"weights": {"flow": 1, "dmd": 0}, "extra": {"mine": (2.0, mine)}}
-    losses, logs, _ = stage3(**options, real=None, fake=None)
-    assert list(losses) == ["flow", "mine"] and losses["mine"] == 6 and logs["mine"] == 3
-    for options, message in (({"chunks": 1}, "two chunks"), ({"history": "both"}, "history")):
-        with pytest.raises(ValueError, match=message):
-            stage3(**options)
+    options = {"weights": {"flow": 1, "dmd": 0}, "extra": {"mine": mine}}
+    losses, logs, _ = stage3(**options, real_score=None, fake_score=None)
+    assert list(losses) == ["flow", "mine"] and losses["mine"] == 3 and logs["mine"] == 3
+    with pytest.raises(mf.UserError, match="two chunks"):
+        stage3(chunks=1)
 
 
-def test_rollouts_begin_from_the_real_chunk_but_for_dmd():
-    with mock.patch.object(mf, "generate", wraps=mf.generate) as generate:
-        stage3(b=12)
-    times = generate.call_args.args[3]
-    assert (times[-1] == 1).all() and (times.diff(dim=0) >= 0).all()
-    begin = times[0, :, 0]  # (B, 2)
-    is_dmd = torch.arange(12) % 3 == 2  # rows are dealt to the terms in turn
-    assert not begin[is_dmd].any()
-    for t, grid in zip(begin[~is_dmd].unbind(-1), mf.time_grid(TINY, 4)[2:4, 0, 0].unbind(-1)):
-        assert torch.equal(t.unique(), grid)  # late
-
-
-@pytest.mark.parametrize("history", ["few", "real"])
-def test_rollouts_equal_the_parallel_form_on_the_history_that_they_leave(history):
-    model, (x, _, controls) = lively(), some_clip(chunks=7)
-    times = torch.maximum(mf.time_grid(TINY, 2), torch.tensor([0.0, 0.3])[:, None, None])
-    sizes, counts = times.diff(dim=0), set()
-    for seed in range(4):
-        torch.manual_seed(seed)
-        states, generated = mf.rollout(model, x, controls, times, history)
-        past, out = states[-1] if history == "few" else x, states[0]
-        for k in range(2):
-            x_pred = model(out, times[k], sizes[k], controls, past)
-            out = out.lerp(x_pred, mf.each_value(TINY, sizes[k] / (1 - times[k])))
-        assert (out - states[-1])[:, generated].abs().max() < 1e-4 * x.std()
-        assert torch.equal(states[-1][:, ~generated], x[:, ~generated])
-        counts.add(int(generated.sum()) // TINY.chunk)
-    assert counts == ({6} if history == "few" else {7})
-
-
-def test_guided_films_equal_the_parallel_form_on_their_own_history():
-    model, (_, _, controls) = lively(), some_clip(chunks=4)
-    times = mf.time_grid(TINY, 2)
-    films = mf.generate(model, controls, 4, times, guidance=3.0)
-    states = [torch.cat(parts, 1) for parts in zip(*films)]
-    given = {"controls": controls, "history": states[-1], "guidance": 3.0}
-    sizes, out = times.diff(dim=0), states[0]
-    for k in range(2):
-        x_pred = mf.guided(model, out, times[k], sizes[k], **given)
-        out = out.lerp(x_pred, mf.each_value(TINY, sizes[k] / (1 - times[k])))
-    assert (out - states[-1]).abs().max() < 1e-4 * out.std()
-
-
-def test_rollouts_carry_their_errors_on():
-    model, (x, _, controls) = lively(), some_clip(chunks=3)
-    late = torch.maximum(mf.time_grid(TINY, 4), mf.time_grid(TINY, 4)[2])
-    noise, again = torch.Generator(), torch.Generator()  # of one seed
-    films = mf.generate(model, controls, 3, late, clips=x, num_real_chunks=1, generator=noise)
-    error = 0
-    for i, (states, real) in enumerate(zip(films, x.split(TINY.chunk, 1))):
-        noised = mf.add_noise(TINY, real + error, torch.randn(real.shape, generator=again), late[0])
-        assert torch.equal(states[0], real if i == 0 else noised)
-        error = (states[-1] - real).mean(1, keepdim=True)
-        assert (error.abs().max() > 1e-3) == (i > 0)
+@pytest.mark.parametrize("history", ["few", "guided"])
+def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
+    model, (x, _, controls), times = lively(), some_clip(chunks=7), mf.time_grid(TINY, 2)
+    if history == "guided":
+        films = mf.generate(model, controls.chunks(TINY), times, guidance=3.0)
+        states, generated = [torch.cat(parts, 1) for parts in zip(*films)], torch.ones(14).bool()
+    else:
+        states, generated = mf.rollout(model, x, controls, times)
+    given = {"controls": controls, "history": states[-1]}
+    given["guidance"] = 3.0 if history == "guided" else 1.0
+    out = states[0]
+    for t, d in zip(times, times.diff(dim=0)):
+        out = out + d * mf.guided(model, out, t, d, **given)
+    assert (out - states[-1])[:, generated].abs().max() < 1e-4 * out.std()
+    assert 0.9 < states[0][:, generated].std() < 1.1  # from noise
+    assert torch.equal(states[-1][:, ~generated], x[:, ~generated])
+    assert generated.tolist() == TINY.chunk * [history == "guided"] + 6 * TINY.chunk * [True]
+    assert not any(state.requires_grad for state in states)
 
 
 def analytic(function):
-    """A stand-in model: x_pred is a function of x_t, t and d, each (B, S, E)."""
-    values = functools.partial(mf.each_value, TINY)
-    net = mock.Mock(cfg=TINY)
-    net.side_effect = lambda x_t, t, d, *_: function(x_t, values(t), values(d))
-    return net
+    """A stand-in model: v is a function of x_t, t and d."""
+    return mock.Mock(cfg=TINY, side_effect=lambda x_t, t, d, *_: function(x_t, t, d))
 
 
 def gaussian(x_t, t, mean=0.0):
-    """E[x | x_t] for x of this mean and unit variance: a flow that is known."""
-    return mean + (x_t - t * mean) * t / (t**2 + (1 - t) ** 2)
+    """v of the flow to data of this mean and unit variance, which is known."""
+    x = mean + (x_t - t * mean) * t / (t**2 + (1 - t) ** 2)  # E[x | x_t]
+    return (x - x_t) / (1 - t)
 
 
-def test_shortcut_targets_are_where_smaller_steps_of_a_known_flow_land():
+def test_the_known_velocity_has_the_least_flow_matching_loss():
+    (x, _, controls), losses = some_clip(b=400, chunks=2), []
+    for factor in (0.9, 1.0, 1.1, -1.0):
+        torch.manual_seed(1)
+        net = analytic(lambda z, t, d, factor=factor: factor * gaussian(z, t))
+        losses.append(mf.flow_matching_loss(net, x, x, controls)[0].item())
+    assert min(losses) == losses[1] < 0.6 * losses[3]
+
+
+def test_shortcut_targets_are_where_two_half_steps_of_a_known_flow_land():
     """The teacher's two modes differ here: the few-step mode follows the flow without error."""
     x, history, controls = some_clip(b=50)
-    calls, shift = [], mf.each_value(TINY, TINY.shifts)
+    calls = []
 
     def flow(z, t, end):
         return z * ((end**2 + (1 - end) ** 2) / (t**2 + (1 - t) ** 2)).sqrt()
 
     def teach(z, t, d):
-        few = z + (flow(z, t, t + d) - z) * (1 - t) / d.clamp(min=1e-9)
+        few = (flow(z, t, t + d) - z) / d.clamp(min=1e-9)
         return torch.where(d == 0, gaussian(z, t), few)
 
     def learn(z, t, d):
@@ -520,34 +506,30 @@ def test_shortcut_targets_are_where_smaller_steps_of_a_known_flow_land():
     loss, _ = mf.shortcut_loss(analytic(learn), x, history, controls, teacher=analytic(teach))
     loss.backward()  # the gradient is 2 (out - target) / count, and out is 0
     ((z, t, end),) = calls
-    count = x[..., 0].numel() * torch.where(IS_VIDEO, TINY.video_values, TINY.audio_values)
-    landing = z + (-out.grad * count / 2 - z) * (end - t) / (1 - t)
-    u, u_end = mf.warp(t, 1 / shift), mf.warp(end, 1 / shift)  # progress
-    m = mf.warp((u + u_end) / 2, shift)
-    middle = z + (gaussian(z, t) - z) * (m - t) / (1 - t)
-    v = (gaussian(middle, m) - middle) / (1 - m)
-    step_of_8 = torch.where(end > 0.999, middle + v * (end - m), z + v * (end - t))
-    expected = torch.where(u_end - u > 0.2, flow(z, t, end), step_of_8)
-    early = torch.tensor(mf.warp(0.9, TINY.video_shift))  # for video's last step, of equal noise
-    denoised = gaussian(torch.lerp((z - t * x) / (1 - t), x, early), early)
-    expected = torch.where(IS_VIDEO & (end > 0.999), denoised, expected)
-    assert torch.allclose(landing, expected, atol=1e-4)
-    for i in (0, -1):  # all steps of the sampler's grids, and no others
-        learned = torch.stack([t, end], -1)[:, :, i].flatten(0, 1).unique(dim=0)
-        grids = [mf.time_grid(TINY, steps)[:, 0, 0, i] for steps in (4, 8)]
-        steps = torch.cat([torch.stack([grid[:-1], grid[1:]], 1) for grid in grids])
-        assert torch.allclose(learned, steps.unique(dim=0), atol=1e-6)
+    count = x[..., 0].numel() * TINY.tokens * torch.where(IS_VIDEO, TINY.video_dim, TINY.audio_dim)
+    landing = z - out.grad * count / 2 * (end - t)
+    u, u_end = mf.warp(t, 1 / TINY.shift), mf.warp(end, 1 / TINY.shift)  # progress
+    m = mf.warp((u + u_end) / 2, TINY.shift)
+    middle = z + gaussian(z, t) * (m - t)
+    step_of_8 = middle + gaussian(middle, m) * (end - m)
+    is_step_of_4 = u_end - u > 0.2
+    assert torch.allclose(landing, torch.where(is_step_of_4, flow(z, t, end), step_of_8), atol=1e-4)
+    learned = torch.cat([t, end], -1).flatten(0, 1).unique(dim=0)
+    grids = [mf.time_grid(TINY, steps).flatten() for steps in (4, 8)]
+    steps = torch.cat([torch.stack([grid[:-1], grid[1:]], 1) for grid in grids])
+    assert torch.allclose(learned, steps.unique(dim=0), atol=1e-6)  # all of them, and no others
 
 
-def dmd_gradient(mean_real, mean_fake, times):
+def dmd_gradient(mean_real, mean_fake, times, generated=None):
     """DMD's gradient on a model's picture and sound; the scores are Gaussians of these means."""
     torch.manual_seed(0)
-    (x, _, controls), offset = some_clip(), torch.zeros(2, requires_grad=True)
-    net = analytic(lambda z, t, d: x + mf.each_value(TINY, offset))
+    (x, _, controls), offset = some_clip(b=8), torch.zeros(2, requires_grad=True)
+    net = analytic(lambda z, t, d: torch.where(IS_VIDEO, *offset).expand_as(z))
     real = analytic(lambda z, t, d: gaussian(z, t, mean_real))
     fake = analytic(lambda z, t, d: gaussian(z, t, mean_fake))
-    options = {"real": real, "fake": fake, "generated": torch.ones(x.shape[1]).bool()}
-    loss, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, times=times, **options)
+    options = {"real_score": real, "fake_score": fake, "times": times}
+    options["generated"] = torch.ones(12).bool() if generated is None else generated
+    loss, _, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, **options)
     loss.backward()
     return offset.grad
 
@@ -556,101 +538,104 @@ def test_dmd_gradient_has_the_right_sign_size_and_a_zero():
     one, four = mf.time_grid(TINY, 1), mf.time_grid(TINY, 4)
     assert (dmd_gradient(2.0, 0.0, one) < -1e-3).all()  # descent moves toward the real mean
     assert (dmd_gradient(-2.0, 0.0, one) > 1e-3).all()
+    assert (dmd_gradient(0.0, 2.0, one) > 1e-3).all()  # and away from the fake one
     assert (dmd_gradient(1.0, 1.0, one) == 0).all()
     far = dmd_gradient(1e3, 0.0, one)
     assert torch.allclose(far, -torch.ones(2), atol=0.05)  # about 1, however far
     ratio = dmd_gradient(2.0, 0.0, four[:2]) / dmd_gradient(2.0, 0.0, four[3:])
-    assert torch.allclose(ratio**2, torch.tensor([four[1, 0, 0, 0], 1]))
+    assert torch.allclose(ratio, four[1, 0, 0, 0] / (1 - four[3, 0, 0, 0]))  # what a step moves
+    bad_start = torch.where(torch.arange(12) < 2, 1e3, -1e3)[:, None]
+    own = dmd_gradient(bad_start, 0.0, one, torch.arange(12) >= 2)
+    assert torch.allclose(own, torch.ones(2), atol=0.05)  # of generated chunks alone
 
 
-# ---- Checkpoints ----
-@pytest.fixture(scope="module")
-def small_checkpoint(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "small.pt"
-    mf.save_checkpoint(path, AudioVideoTransformer(Config(width=32, layers=1, heads=1)))
-    return path
+# ---- Checkpoints ---------------------------------------------------------------------------------
 
 
 def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
-    model, path = lively(), tmp_path / "a.pt"
-    mf.save_checkpoint(path, model, {"step": 3})
-    loaded, extra = mf.load_checkpoint(path)
-    assert extra == {"step": 3} and loaded.cfg == TINY
-    for name, weight in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], weight.half().float())
-    old = path.read_bytes()
-    mf.save_checkpoint(tmp_path / "compiled.pt", torch.compile(model))
-    assert mf.load_file(tmp_path / "compiled.pt")["weights"].keys() == model.state_dict().keys()
-    (tmp_path / "compiled.pt").unlink()
-    monkeypatch.setattr(Path, "write_bytes", lambda part, data: part.write_text("half") / 0)
-    with pytest.raises(ZeroDivisionError):
-        mf.save_checkpoint(path, model)
-    model.no_first.data[0] = 1e9
-    with pytest.raises(mf.CheckpointError, match="no_first"):
-        mf.save_checkpoint(path, model)
-    assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    model, codecs, path = lively(), small_codecs(TINY), tmp_path / "a.pt"
+    codecs.video.mean += 0.5
+    checkpoint.save_checkpoint(path, model, codecs, {"step": 3})
+    *loaded, extra = checkpoint.load_checkpoint(path, small_codecs)
+    assert extra == {"step": 3} and loaded[0].cfg == TINY
+    for new, old in zip(loaded, (model, codecs)):
+        assert not any(weight.requires_grad for weight in new.parameters())
+        for name, weight in old.state_dict().items():
+            assert torch.equal(new.state_dict()[name], weight.half().float())
+    before = path.read_bytes()
+    with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+        broken.setattr(Path, "write_bytes", lambda part, data: part.write_text("half") / 0)
+        checkpoint.save_checkpoint(path, model, codecs)
+    for name, value in (("video.std", codecs.video.std), ("no_reference", model.no_reference)):
+        value.data.view(-1)[0] = 1e9  # infinite in half precision
+        for file in (path, tmp_path / "new.pt"):
+            with pytest.raises(checkpoint.CheckpointError, match=name):
+                checkpoint.save_checkpoint(file, model, codecs)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-class Evil:
-    def __reduce__(self):  # to unpickle it would make a file
-        return Path.touch, (Path("owned"),)
+def other_codecs(cfg):
+    return Codecs(VideoCodec(cfg, fine=16, coarse=8), AudioCodec(cfg))
 
 
-def test_bad_checkpoints_end_in_a_line_that_says_why(small_checkpoint, tmp_path, monkeypatch):
+def test_bad_checkpoints_end_in_a_line_that_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content, path = mf.load_file(small_checkpoint), tmp_path / "bad.pt"
-    config, weights = content["config"], content["weights"]
-    changes = {
-        "not a checkpoint of this project": {"config": Evil()},
-        "this version": {"format": "other"},
+    checkpoint.save_checkpoint("good.pt", lively(), CODECS)
+    content, data = checkpoint.load_file("good.pt"), Path("good.pt").read_bytes()
+    config, weights, fewer = content["config"], content["model"], dict(content["codecs"])
+    del fewer["video.mean"]
+    for message, change in {
         "depth": {"config": config | {"depth": 64}},
-        "window must be int": {"config": config | {"window": 2.0}},
-        "width must be int": {"config": config | {"width": torch.eye(3)}},
-        "missing.*audio.sides.1.qkv.weight": {"config": config | {"layers": 2}},
-        "unexpected.*more": {"weights": weights | {"more": torch.zeros(3)}},
-        "no_first is": {"weights": weights | {"no_first": torch.zeros(3)}},
-        "video.place": {"weights": weights | {"video.place": weights["video.place"] * math.nan}},
-    }
-    for message, change in changes.items():
-        mf.save_file(path, content | change)
-        with pytest.raises(mf.CheckpointError, match=f"^{path}: .*{message}[^\n]*$"):
-            mf.load_checkpoint(path)
-    assert not Path("owned").exists()
-    for data in (b"", b"hello" * 100):
-        path.write_bytes(data)
-        with pytest.raises(mf.CheckpointError, match="not a checkpoint"):
-            mf.load_checkpoint(path)
-    with pytest.raises(mf.CheckpointError, match="No such file"):
-        mf.load_checkpoint(tmp_path / "missing")
-    with mock.patch.object(mf, "Branch", side_effect=RuntimeError), pytest.raises(RuntimeError):
-        mf.load_checkpoint(small_checkpoint)  # a bug is not the file's fault
+        "Missing.*blocks.2.qkv.weight": {"config": config | {"layers": 3}},
+        "Unexpected.*more": {"model": weights | {"more": torch.zeros(3)}},
+        "size mismatch for place": {"model": weights | {"place": torch.zeros(3)}},
+        "Missing.*video.mean": {"codecs": fewer},
+        "not a checkpoint of this version": {"format": "other"},
+        "not a checkpoint": {"config": tmp_path},  # of a class  BUG: UnpicklingError
+    }.items():
+        with mock.patch.object(checkpoint, "FORMAT", change.get("format", checkpoint.FORMAT)):
+            checkpoint.save_file("bad.pt", content | change)
+        with pytest.raises(checkpoint.CheckpointError, match=f"^bad.pt: .*{message}[^\n]*$"):
+            checkpoint.load_checkpoint("bad.pt", small_codecs)
+    for damaged in (b"", b"hello" * 100, data[:-1], data[:999] + b"\0" + data[1000:]):
+        Path("bad.pt").write_bytes(damaged)
+        with pytest.raises(checkpoint.CheckpointError, match="damaged"):
+            checkpoint.load_checkpoint("bad.pt", small_codecs)
+    with pytest.raises(checkpoint.CheckpointError, match="No such file"):
+        checkpoint.load_checkpoint("missing.pt", small_codecs)
+    with pytest.raises(checkpoint.CheckpointError, match=r"codecs: size mismatch for video[^\n]*$"):
+        checkpoint.load_checkpoint("good.pt", other_codecs)
 
 
-# ---- The scripts ------------------------------------------------------------------------------------------
+# ---- The scripts ---------------------------------------------------------------------------------
 
-SMALL = "--config width=32 layers=1 heads=1 chunk=2 image=32 --batch 3 --seconds 0.75 1 --save 2"
-SMALL += " --lr 1e-2 --device cpu --precision fp32 --from-scratch"
-
-
-def run_train(out, words="", **more) -> int:
-    return train.main([*SMALL.split(), *words.split(), "--out", str(out)], **more)
+MODEL = "--config width=32 layers=1 heads=1 chunk=2 image=32 video_dim=32"
+SMALL = "--batch 3 --save 2 --seconds 0.75 1 --lr 1e-2 --device cpu --precision fp32"
 
 
-def run_sample(*words, **more) -> int:
-    return sample.main([*map(str, words), "--device", "cpu"], **more)
+def run_train(out, words="", make_codecs=small_codecs, **more) -> int:
+    sizes = "" if "--init" in words else MODEL
+    arguments = f"{SMALL} {sizes} {words} --out {out}".split()
+    return train.main(arguments, make_codecs=make_codecs, **more)
+
+
+def run_sample(words, make_codecs=small_codecs) -> int:
+    return sample.main(["--device", "cpu", *words.split()], make_codecs=make_codecs)
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("small")  # of stage 2, after two steps
-    assert run_train(folder, "--stage joint --steps 2") == 0
+    assert run_train(folder, "--stage joint --steps 2 --from-scratch") == 0
     return folder / "joint.pt"
 
 
+# BUG: --resume goes on with codecs rounded to half precision, also where the run made
+# its own.
 @pytest.mark.parametrize("stage", list(train.STAGES))
 def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypatch):
-    assert run_train(tmp_path / "whole", f"--stage {stage} --steps 4") == 0
-    step = train.train_step
+    words, step = f"--stage {stage} --steps 4 --from-scratch", train.train_step
+    assert run_train(tmp_path / "whole", words) == 0
 
     def killed(state, *rest):
         logs = step(state, *rest)
@@ -661,74 +646,89 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
     monkeypatch.setattr(train, "train_step", killed)
     monkeypatch.setattr(train, "LOG_EVERY", 1)
     with pytest.raises(SystemExit):
-        run_train(tmp_path / "parts", f"--stage {stage} --steps 4")
+        run_train(tmp_path / "parts", words)
     monkeypatch.setattr(train, "train_step", step)
-    assert run_train(tmp_path / "parts", f"--stage {stage} --steps 4 --resume") == 0
-    files = [tmp_path / name / f"{stage}.pt" for name in ("whole", "parts")]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert run_train(tmp_path / "parts", f"{words} --resume") == 0
+    whole, parts = (
+        checkpoint.load_file(tmp_path / name / "resume.pt") for name in ("whole", "parts")
+    )
+    for one, other in zip(tree_leaves(whole), tree_leaves(parts), strict=True):
+        assert not torch.is_tensor(one) or torch.equal(one, other)  # of all nets and optimizers
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_all_stages_run_in_turn_and_each_trains_what_it_says(tmp_path):
+    assert run_train(tmp_path, "--steps 2") == 0
+    nets = [
+        checkpoint.load_checkpoint(tmp_path / f"{name}.pt", small_codecs) for name in train.STAGES
+    ]
+    models, codecs, extras = zip(*nets)
+    assert [extra["stage"] for extra in extras] == list(train.STAGES)
+    for later in codecs[1:]:  # stage 0 alone trains the codec
+        for name, weight in later.state_dict().items():
+            assert torch.equal(weight, codecs[0].state_dict()[name])
+    sizes = [model.conditioning.size[-1].weight.any() for model in models]
+    assert sizes == [False, False, False, True]  # stage 3 alone trains the few-step mode
+    words = f"--stage joint --whole --steps 1 --init {tmp_path}/codec.pt"
+    assert run_train(tmp_path / "teacher", words) == 0
+    words = f"--stage mutual --steps 1 --flow 0 --shortcut 0 --init {tmp_path}/joint.pt --teacher"
+    assert run_train(tmp_path / "self-forcing", f"{words} {tmp_path}/teacher/joint.pt") == 0
+
+
 def test_sample_refuses_mistakes_in_one_line_and_keeps_an_old_film(small, tmp_path, capsys):
-    old = tmp_path / "film.wav"
-    old.write_bytes(b"old")
-    for words, said in (
-        (["--seconds", "0"], "seconds"),
-        (["--steps", "0"], "steps"),
-        (["--window", "9"], "window"),
-        (["--guidance", "-1"], "guidance"),
-        (["--character", "nobody"], "nobody"),
-        (["--say", "123"], "--say"),
-        (["--first-frame", small], "picture"),
-        (["--checkpoint", old], "film.wav"),
-        (["--out", tmp_path / "film.txt"], "ending"),
-        (["--out", tmp_path / "no" / "film.wav"], "no"),
-    ):
-        assert run_sample("--checkpoint", small, "--out", old, *words) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert said in lines[-1] and "Traceback" not in "".join(lines), (words, lines)
-        assert old.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+    old, good = tmp_path / "film.wav", f"--checkpoint {small} --out {tmp_path}/film.wav"
+    old.write_text("old")
+    wrong = "--seconds 0,--steps 0,--guidance -1,--character nobody,--say 123,--device tpu"
+    wrong += f",--first-frame {small},--checkpoint {old},--out a.txt,--out {tmp_path}/no/film.wav"
+    for words in wrong.split(","):
+        assert run_sample(f"{good} {words}") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        option, value = words.split()
+        names = option[2:], value, f"{Path(value).parent}: "
+        assert line.startswith("sample.py: ") and any(name in line for name in names), line
+        assert old.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_bug_gives_a_traceback(small, tmp_path):
-    def broken(cfg, device):
-        raise RuntimeError(
-            "unsupported operation: more than one element refers to a memory location"
-        )
+    def broken(cfg):
+        raise RuntimeError("more than one element refers to a memory location")
 
     with pytest.raises(RuntimeError, match="memory location"):
-        run_sample("--checkpoint", small, "--out", tmp_path / "a.wav", make_codecs=broken)
-    with pytest.raises(ValueError, match="shape"):
-        run_train(tmp_path, "--stage joint", make_codecs=lambda *_: np.zeros(3).reshape(2, 2))
+        run_train(tmp_path, "--stage codec", broken)
+    with pytest.raises(RuntimeError, match="memory location"):  # BUG: load_checkpoint() hides it
+        run_sample(f"--checkpoint {small} --out {tmp_path}/a.wav", broken)
 
 
 def test_a_forks_codecs_and_objective_are_arguments_of_main(tmp_path):
     calls = []
 
-    def codecs(cfg, device):
-        return make_codecs(cfg, device)._replace(video=StandIn())
-
     def objective(model, x, history, controls):
         calls.append(x.shape)
-        t, d = torch.zeros(1, 1, 2), torch.full((1, 1, 2), 0.25)
-        loss = (model(torch.randn_like(x), t, d, controls, history) - x).square().mean()
+        v = model(torch.randn_like(x), 0 * ONE, 0.25 * ONE, controls, history)
+        loss = (v - x).square().mean()
         return loss, {"mine": loss.item()}
 
-    readme = (HERE / "README.md").read_text()
-    (tmp_path / "example.py").write_text(re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1])
-    example = runpy.run_path(tmp_path / "example.py")
-    words = "--stage mutual --steps 1 --batch 5 --seconds 1.5"
-    words += " --config image=16 patch=8 step_frames=4 step_sounds=8 video_channels=8"
-    extra = {"mine": (0.5, objective), "steady_sound": (0.1, example["steady_sound"])}
-    more = {"make_codecs": codecs, "extra": extra}
-    assert run_train(tmp_path, words, **more) == 0
-    assert calls == [(1, 6, 4 * 8 + 16 * 125)]
-    logs = json.loads((tmp_path / "log.jsonl").read_text())
-    assert logs["mine"] > 0 and logs["steady_sound"] > 0
-    words = ["--checkpoint", tmp_path / "mutual.pt", "--out", tmp_path / "a.gif", "--seconds", 1]
-    assert run_sample(*words, make_codecs=codecs) == 0
+    words = "--stage mutual --from-scratch --steps 1 --batch 4 --seconds 1.5"
+    assert run_train(tmp_path, words, stand_in, extra={"mine": objective}) == 0
+    assert calls == [(4, 12, 4 * (32 + 250))]
+    assert json.loads((tmp_path / "log.jsonl").read_text())["mine"] > 0
+    words = f"--checkpoint {tmp_path}/mutual.pt --out {tmp_path}/a.gif --seconds 1"
+    assert run_sample(words, stand_in) == 0
     assert imageio.v3.imread(tmp_path / "a.gif", index=None).std((1, 2, 3)).max() == 0  # greys
+
+
+def test_the_readmes_examples_stream_and_train(tmp_path, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    streams, trains = (tmp_path / "streams.py", tmp_path / "trains.py")
+    streams.write_text(blocks[0])
+    trains.write_text(blocks[1])
+    runpy.run_path(streams)
+    assert capsys.readouterr().out.count("(8, 64, 64, 3)") == 16
+    objective = runpy.run_path(trains)["steady_sound"]
+    losses, logs, nets = stage3(extra={"steady_sound": objective})
+    losses["steady_sound"].backward()
+    assert nets["model"].place.grad.any() and logs["steady_sound"] > 0
 
 
 def test_readme_commands_parse_and_files_exist():
@@ -740,7 +740,11 @@ def test_readme_commands_parse_and_files_exist():
             for script, parser in parsers.items():
                 if f"{script} " in line + " " and "$" not in line:
                     words = shlex.split(line.split(script, 1)[1], comments=True)
-                    parser.parse_args(words)  # exits if it does not fit
+                    args = parser.parse_args(words)  # exits if it does not fit
+                    if script == "train.py":
+                        args.weights, args.extra = mf.WEIGHTS, None
+                        stages = list(train.STAGES) if args.stage == "all" else [args.stage]
+                        train.check(args, Config(), stages)
                     seen.add(script)
     assert seen == set(parsers)
     for name in re.findall(r"\]\(([\w./-]+)\)", text):

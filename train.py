@@ -6,7 +6,6 @@ several processes share the work: each draws its own films, and gradients are av
 
 import argparse
 import copy
-import dataclasses
 import json
 import shlex
 import sys
@@ -24,8 +23,17 @@ from tqdm import tqdm
 import mutual_forcing as mf
 from data import runs
 from data.batches import Batches, film_batch, frames_of
+from data.checkpoint import (
+    load_checkpoint,
+    makes_films,
+    replace_file,
+    same_format,
+    save_checkpoint,
+    save_file,
+)
 from data.clips import drawer, fingerprint, load_clips
-from data.codecs import make_codecs
+from data.codecs import Codecs, make_codecs
+from data.controls import stream_film
 from data.writer import delayed_interrupt, film_strip
 from mutual_forcing import AudioVideoTransformer, Config, UserError
 
@@ -38,18 +46,18 @@ class Plan(NamedTuple):
     seconds: tuple = (1.5, 1.5, 3.0)  # lengths of films, in turn
     batch: int = 8  # films of the first length in a pass of one process
     ema: float = 0.999  # decay of the slow copy, which is what a checkpoint holds
-    window: int = 99  # chunks of history from this stage on, at most
 
 
 STAGES = {
-    "video": Plan(500),
-    "audio": Plan(600),
-    "joint": Plan(6500),
-    "mutual": Plan(200, 2e-4, (3.0,), 12, ema=0.99, window=1),
+    "codec": Plan(36000, 2e-3, (0.5,), 4),  # stage 0: the video codec
+    "unimodal": Plan(1500),  # stage 1: both branches, each alone
+    "joint": Plan(16000),  # stage 2
+    "mutual": Plan(600, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
 }
-NO_TRANSCRIPT = 0.6  # share of films without transcript: the few-step mode has to learn most there
+SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
+NO_TRANSCRIPT = 0.6  # share of films without transcript, where most is to be learned
 LOG_EVERY = 20  # steps
-FAKE_RATE = 5  # times lr, for the fake score, which has to keep up with the few-step mode
+FAKE_RATE = 5  # times lr: the fake score has to keep up with the few-step mode
 # What may differ when a run is resumed; all else decides which weights it ends with.
 FREE = ("resume", "overwrite", "out", "preset", "data", "device", "workers", "save", "from_scratch")
 TINY = "--steps 24 --batch 3 --seconds 1.5 2 --save 12"
@@ -57,18 +65,17 @@ TINY_SIZES = "--config width=64 layers=2 heads=1"
 
 
 class State:
-    """All that a training step changes, saved and restored whole: 2 + 2 steps are 4 steps."""
+    """All that a training step changes, saved and restored whole: 2 + 2 steps are 4."""
 
-    def __init__(self, model: AudioVideoTransformer, stage: str, args):
+    def __init__(self, model: AudioVideoTransformer, codecs, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
         self.seed = [args.seed, list(STAGES).index(stage), runs.process()[0]]
-        window = min(model.cfg.window, self.plan.window)
-        self.cfg = model.cfg = dataclasses.replace(model.cfg, window=window)
-        self.model = model.train()
-        for name, weight in model.named_parameters():  # in stage 1, one branch learns
-            branch = "audio" if name.startswith("audio") else "video"
-            weight.requires_grad_(stage in (branch, "joint", "mutual"))
-        self.ema = copy.deepcopy(model).requires_grad_(False)
+        self.transformer, self.cfg = model, model.cfg
+        self.codecs = codecs.eval().requires_grad_(False).to(args.device)
+        self.model = codecs.video if stage == "codec" else model  # what this stage trains
+        self.model.train().requires_grad_(True)
+        self.ema = copy.deepcopy(self.model).requires_grad_(False)
+        self.whole = copy.deepcopy(self.ema)  # in one process: for checkpoints
         self.nets, self.rates = {"model": self.model, "ema": self.ema}, {"model": self.plan.lr}
         teacher = args.real if stage == "mutual" else None
         self.real, self.fake = teacher or self.ema, None
@@ -81,8 +88,7 @@ class State:
                 runs.shard(net, args.device)
         self.optimizers, paper = {}, {"betas": (0.9, 0.95), "weight_decay": 0.02, "fused": True}
         for name in self.rates:
-            weights = [weight for weight in self.nets[name].parameters() if weight.requires_grad]
-            self.optimizers[name] = torch.optim.AdamW(weights, **paper)
+            self.optimizers[name] = torch.optim.AdamW(self.nets[name].parameters(), **paper)
 
     def content(self) -> dict:
         """Plain types and whole tensors: any number of processes can go on from them."""
@@ -106,40 +112,46 @@ class State:
 def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict]:
     """The losses of a training step by term, and values to log."""
     if state.stage == "mutual":
-        nets = {"teacher": state.ema, "real": state.real, "fake": state.fake}
-        steps = 8 if state.step % 4 == 3 else 4  # our choice: every fourth rollout is of 8 steps
-        options = {"weights": args.weights, "history": args.history, "guidance": args.guidance}
-        options |= {"score_chunk": x.shape[1] if args.real_is_whole else None, "extra": args.extra}
+        nets = {"teacher": state.ema, "real_score": state.real, "fake_score": state.fake}
+        # A rollout has 4 or 8 steps at random, the same in all processes.
+        steps = int(np.random.default_rng([args.seed, state.step]).choice([4, 8]))
+        options = {"weights": args.weights, "extra": args.extra, "guidance": args.guidance}
+        options |= {"self_made": args.history == "few", "bidirectional": args.real_is_whole}
         return mf.mutual_forcing_loss(state.model, x, controls, steps=steps, **nets, **options)
-    branches = (state.stage,) if state.stage in mf.BRANCHES else mf.BRANCHES
     history, chunk = (None, x.shape[1]) if args.whole else (x, None)
-    window = 1 + int(torch.randint(state.cfg.window, ()))  # a short window has to use the sink
-    options = {"chunk": chunk, "branches": branches, "window": window}
+    options = {"chunk": chunk, "coupled": state.stage != "unimodal"}
     loss, logs = mf.flow_matching_loss(state.model, x, history, controls, **options)
     return {"flow": loss}, logs
 
 
 def autocast(args):
-    """The precision of matrix products. Its cache would hide from autograd what a rollout cast."""
+    """The precision of matrix products. A cache would hide a rollout's casts from autograd."""
     bf16 = args.precision == "bf16"
     return torch.autocast(args.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def train_step(state: State, films, codecs, args) -> dict[str, float]:
-    """One training step; returns values to log. Raises UserError if a gradient is not finite."""
+def train_step(state: State, films, args) -> dict[str, float]:
+    """One training step -> values to log. Raises UserError if a gradient is not finite."""
     for index in range(args.accumulate):
-        x, controls = film_batch(state.model, codecs, *next(films), NO_TRANSCRIPT)
+        batch, chance = next(films)
         seed = np.random.SeedSequence([*state.seed, state.step, index])
         torch.manual_seed(int(seed.generate_state(1)[0]))
         with autocast(args):
-            losses, logs = losses_of(state, x, controls, args)
+            if state.stage == "codec":
+                # Two frames of each film: many people are worth more than many frames.
+                # The last two, because no film begins in a blink or with an open mouth.
+                loss, logs = state.model.loss(batch.frames[:, -2:].to(args.device))
+                losses = {"codec": loss}
+            else:
+                x, controls = film_batch(state.model, state.codecs, batch, chance, NO_TRANSCRIPT)
+                losses, logs = losses_of(state, x, controls, args)
         (sum(losses.values()) / args.accumulate).backward()
     logs["loss"] = sum(loss.item() for loss in losses.values())
     return logs | update(state, args)
 
 
 def update(state: State, args) -> dict[str, float]:
-    """Move the weights by their gradients, and the EMA copy; returns the norms of the gradients."""
+    """Move the weights by their gradients, and the EMA copy -> norms of the gradients."""
     plan, norms = state.plan, {}
     # The rate warms up, then falls to a twentieth (our choice).
     warm = min(1, (state.step + 1) / min(100, plan.steps))
@@ -160,12 +172,14 @@ def update(state: State, args) -> dict[str, float]:
     with torch.no_grad():
         for slow, fast in zip(state.ema.parameters(), state.model.parameters()):
             slow.lerp_(fast, 1 - decay)
+        for slow, fast in zip(state.ema.buffers(), state.model.buffers()):
+            slow.copy_(fast)
     state.step += 1
     return norms
 
 
-def train_stage(state: State, codecs, args) -> None:
-    """Train a stage to its end; after a Ctrl-C save the current step, then KeyboardInterrupt."""
+def train_stage(state: State, args) -> None:
+    """Train a stage to its end. After a Ctrl-C save the current step; KeyboardInterrupt."""
     is_first = runs.process()[0] == 0  # it alone logs and, on a terminal, shows a bar
     steps, seconds, batch = state.plan.steps, state.plan.seconds, state.plan.batch
     draw = drawer(args.clips, state.stage)
@@ -173,110 +187,124 @@ def train_stage(state: State, codecs, args) -> None:
     turns = range(state.step * args.accumulate, steps * args.accumulate)
     ahead = {"num_workers": args.workers, "worker_init_fn": runs.ignore_interrupts}
     films = iter(DataLoader(batches, batch_size=None, sampler=turns, **ahead))
-    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=not is_first or None)
+    hidden = not is_first or None
+    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=hidden)
     with bar, delayed_interrupt() as interrupted:
         while state.step < steps:
             began = time.perf_counter()
-            logs = train_step(state, films, codecs, args)
+            logs = train_step(state, films, args)
             logs["seconds"] = time.perf_counter() - began
             bar.update()
             bar.set_postfix(loss=f"{logs['loss']:.3f}")
             if is_first and (state.step % LOG_EVERY == 0 or state.step in (1, steps)):
                 entry = {name: round(value, 5) for name, value in logs.items()}
                 with open(args.out / "log.jsonl", "a") as log:
-                    print(json.dumps({"stage": state.stage, "step": state.step} | entry), file=log)
+                    entry = {"stage": state.stage, "step": state.step} | entry
+                    print(json.dumps(entry), file=log)
+            before = sum(args.minutes.values())
+            args.minutes[state.stage] = args.minutes.get(state.stage, 0) + logs["seconds"] / 60
+            is_due = before // SNAPSHOT < sum(args.minutes.values()) // SNAPSHOT
+            is_due = runs.any_process(is_due, args.device)
             stop = runs.any_process(interrupted, args.device)
-            if stop or state.step % args.save == 0 or state.step == steps:
-                save(state, codecs, args)
+            if stop or is_due or state.step % args.save == 0 or state.step == steps:
+                save(state, args, is_due)
             if stop:
+                print("saved; --resume goes on with the same command", file=sys.stderr)
                 raise KeyboardInterrupt
 
 
-def save(state: State, codecs, args) -> None:
-    """Write the EMA weights, all that --resume needs, and a film strip (first process alone)."""
+def save(state: State, args, is_due: bool = False) -> None:
+    """Write the EMA weights, all that --resume needs, and a film strip (first process alone).
+
+    is_due: keep the EMA weights also under the number of minutes of training so far.
+    """
     content = state.content()
     if runs.process()[0] == 0:
-        ema = AudioVideoTransformer(state.cfg)
-        ema.load_state_dict(content["ema"][0])
+        state.whole.load_state_dict(content["ema"][0])
+        model, codecs = state.whole, state.codecs
+        if state.stage == "codec":
+            model, codecs = state.transformer, Codecs(state.whole, state.codecs.audio)
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
-        mf.save_checkpoint(args.out / f"{state.stage}.pt", ema, extra)
-        content |= {"format": mf.FORMAT, "config": dataclasses.asdict(state.cfg)}
+        extra |= {"command": args.command, "commit": args.commit, "minutes": args.minutes}
+        save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
+        if is_due:
+            name = f"after-{sum(args.minutes.values()):03.0f}-minutes.pt"
+            save_checkpoint(args.out / name, model, codecs, extra)
         log_size = (args.out / "log.jsonl").stat().st_size
-        content |= {"settings": args.settings, "log_size": log_size}
-        mf.save_file(args.out / "resume.pt", content)
-        if state.stage not in mf.BRANCHES and not args.whole:  # else it cannot stream
-            film = mf.stream(ema.to(args.device), codecs, seconds=6)
+        content |= {"settings": args.settings, "log_size": log_size, "minutes": args.minutes}
+        save_file(args.out / "resume.pt", content)
+        if state.stage in ("joint", "mutual") and not args.whole:  # else it cannot stream
+            film = stream_film(model.to(args.device), codecs, seconds=6)
             picture = iio.imwrite("<bytes>", film_strip(list(film), state.cfg), extension=".png")
-            mf.replace_file(args.out / f"{state.stage}.png", picture)
+            replace_file(args.out / f"{state.stage}.png", picture)
     runs.any_process(False, args.device)  # the others wait until the first has written
 
 
 def plan_of(args, stage: str) -> Plan:
     """A stage's plan, changed by the command line."""
-    said = {name: getattr(args, name) for name in ("steps", "lr", "seconds", "batch")}
+    names = ("steps", "lr", "batch") if stage == "codec" else ("steps", "lr", "batch", "seconds")
+    said = {name: getattr(args, name) for name in names}
     return STAGES[stage]._replace(**{name: x for name, x in said.items() if x is not None})
 
 
 def check(args, cfg: Config, stages: list[str]) -> None:
     """Raise UserError for options that do not fit each other or the model."""
-    if args.stage == "mutual" and not (args.init or args.resume or args.from_scratch):
-        raise UserError("--stage mutual: needs --init (the end of stage 2), or --from-scratch")
+    is_first = args.stage in ("all", next(iter(STAGES)))
+    if not (is_first or args.init or args.resume or args.from_scratch):
+        raise UserError(f"--stage {args.stage}: needs --init (the stage before), or --from-scratch")
     if args.whole and "mutual" in stages:
-        raise UserError("--whole: is for a teacher's stages: video, audio and joint")
+        raise UserError("--whole: is for a teacher's stages: unimodal and joint")
     if "mutual" not in stages and (args.teacher or args.history == "real" or args.guidance != 1):
         raise UserError("--teacher, --history and --guidance: are for stage 3, mutual")
-    weights = [*args.weights.values(), *[weight for weight, _ in (args.extra or {}).values()]]
+    weights = args.weights.values()
     if not any(weights) or not all(0 <= x <= 1000 for x in [*weights, args.guidance]):
         raise UserError("weights of objectives and --guidance are 0 to 1000; not all weights are 0")
     if not 0 <= args.seed < 2**63 or args.workers < 0:
         raise UserError("--seed is between 0 and 2^63, --workers at least 0")
     for stage in stages:
-        plan, least = plan_of(args, stage), cfg.chunk_seconds * (3 if stage == "mutual" else 2)
+        plan, chunks = plan_of(args, stage), {"codec": 1, "mutual": 3}.get(stage, 2)
+        least = chunks * cfg.chunk_seconds
         if not all(least <= seconds <= cfg.clock / 2 for seconds in plan.seconds):
             raise UserError(f"--seconds: between {least} and {cfg.clock / 2} in stage {stage}")
         if min(plan.batch, plan.steps, args.accumulate, args.save) < 1 or not 0 < plan.lr <= 1:
             raise UserError("--batch, --steps, --accumulate, --save: 1 or more; --lr: 0 to 1")
 
 
-def read_config(pairs: list[str]) -> Config:
-    """FIELD=N words -> the sizes of a new model. Raises UserError."""
-    sizes, names = {}, [field.name for field in dataclasses.fields(Config)]
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if name not in names or not value.replace(".", "", 1).isdigit():
-            raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
-        sizes[name] = float(value) if "." in value else int(value)
-    return Config(**sizes)
-
-
 def run(args, make_codecs) -> None:
     """Train the stages asked for. Raises UserError, OSError, KeyboardInterrupt."""
+    args.device = runs.start_processes(runs.find_device(args.device))
     content, args.lock = runs.prepare_folder(args.out, args.resume, args.overwrite, args.device)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     torch.manual_seed(args.seed % 2**63)
-    if args.init and not content:
-        model, extra = mf.load_checkpoint(args.init)
+    if content:
+        model, codecs, _ = load_checkpoint(args.out / f"{content['stage']}.pt", make_codecs)
+    elif args.init:
+        model, codecs, extra = load_checkpoint(args.init, make_codecs)
         if args.config:
             raise UserError("--config: the sizes are those of --init")
-        if stages == ["mutual"] and (extra.get("stage") in mf.BRANCHES or extra.get("whole")):
+        if stages == ["mutual"] and not makes_films(extra):
             raise UserError(f"{args.init}: is no end of stage 2")
     else:
-        cfg = Config(**content["config"]) if content else read_config(args.config)
-        model = AudioVideoTransformer(cfg)
+        model = AudioVideoTransformer(runs.read_config(args.config))
+        codecs = make_codecs(model.cfg)
+        # Rounded as in a checkpoint, so that a resumed run has the same.
+        codecs.load_state_dict({name: x.half() for name, x in codecs.state_dict().items()})
     cfg = model.cfg
+    if args.stage == "all" and not hasattr(codecs.video, "loss"):
+        stages.remove("codec")  # this codec is not trained
     check(args, cfg, stages)
     args.real, args.real_is_whole, args.clips = None, False, None
     if args.teacher:
-        args.real, extra = mf.load_checkpoint(args.teacher)
+        args.real, _, extra = load_checkpoint(args.teacher, make_codecs)
         args.real_is_whole = bool(extra.get("whole"))
-        if not cfg.same_format(args.real.cfg):
+        if not same_format(cfg, args.real.cfg):
             raise UserError(f"{args.teacher}: makes films of another format than the model")
     if args.data:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
         args.clips = load_clips(args.data, cfg, frames_of(cfg, longest), args.out / ".clips")
     for stage in stages:  # raises if no clip serves, or if the talker has other sizes
         drawer(args.clips, stage)(cfg, np.random.default_rng(0), 2 * cfg.chunk_frames)
-    native = "bf16" if mf.native_precision(args.device) == torch.bfloat16 else "fp32"
+    native = "bf16" if runs.native_precision(args.device) == torch.bfloat16 else "fp32"
     args.precision = args.precision or native
     args.settings |= {"precision": args.precision, "clips": args.clips and fingerprint(args.clips)}
     if content:
@@ -284,8 +312,9 @@ def run(args, make_codecs) -> None:
         if changed:
             raise UserError(f"--resume: this run was started with other {', '.join(changed)}")
         stages = stages[stages.index(content["stage"]) :]
-    codecs, size = make_codecs(cfg, args.device), sum(x.numel() for x in model.parameters())
-    state = State(model, stages[0], args)
+    args.minutes, args.commit = content["minutes"] if content else {}, runs.commit()
+    size = sum(x.numel() for x in model.parameters())
+    state = State(model, codecs, stages[0], args)
     if content:
         state.restore(content)
     if runs.process()[0] == 0:
@@ -294,11 +323,12 @@ def run(args, make_codecs) -> None:
     for stage in stages:
         if stage != stages[0]:
             # The next stage starts from the EMA weights, as saved.
-            model, _ = mf.load_checkpoint(args.out / f"{state.stage}.pt")
-            state = State(model, stage, args)
-        train_stage(state, codecs, args)
+            model, codecs, _ = load_checkpoint(args.out / f"{state.stage}.pt", make_codecs)
+            state = State(model, codecs, stage, args)
+        train_stage(state, args)
     if runs.process()[0] == 0:
-        print(f"{args.out / stages[-1]}.pt is ready", file=sys.stderr)
+        times = ", ".join(f"{stage} {minutes:.0f}" for stage, minutes in args.minutes.items())
+        print(f"minutes: {times}; {args.out / stages[-1]}.pt is ready", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -306,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--stage", choices=(*STAGES, "all"), default="all", help="default all")
     add("--init", type=Path, help="checkpoint to start from")
-    add("--from-scratch", action="store_true", help="start --stage mutual from random weights")
+    add("--from-scratch", action="store_true", help="start --stage from random weights")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="begin anew in a folder that holds another run")
     add("--out", type=Path, default=Path("runs/talker"), help="folder; default %(default)s")
@@ -315,7 +345,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=Path, help="folder of clips to train on, instead of the talker")
     add("--steps", type=int, help="training steps of each stage")
     add("--batch", type=int, help="films of the first length in a pass of one process")
-    add("--seconds", type=float, nargs="+", help="lengths of films, in turn")
+    add("--seconds", type=float, nargs="+", help="lengths of films, in turn; not of stage codec")
     add("--lr", type=float, help="learning rate")
     add("--accumulate", type=int, default=1, help="passes in a training step; default 1")
     add("--history", choices=("few", "real"), default="few", help="stage 3: self-made, or real")
@@ -328,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="default: cuda, else mps, else cpu")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
     add("--workers", type=int, default=0, help="processes that draw films ahead; default 0")
-    add("--save", type=int, default=250, metavar="STEPS", help="between checkpoints; default 250")
+    add("--save", type=int, default=500, metavar="STEPS", help="between checkpoints; default 500")
     return parser
 
 
@@ -341,18 +371,10 @@ def main(argv=None, make_codecs=make_codecs, extra=None) -> int:
         args = build_parser().parse_args([*sizes.split(), *TINY.split(), *words])
     args.init, args.teacher = (path and path.resolve() for path in (args.init, args.teacher))
     args.settings = {name: str(x) for name, x in vars(args).items() if name not in FREE}
+    kept = [word for word in words if word not in ("--resume", "--overwrite")]
+    args.command = shlex.join(["python", "train.py", *kept])
     args.weights, args.extra = {term: getattr(args, term) for term in mf.WEIGHTS}, extra
-    try:
-        args.device = runs.start_processes(mf.find_device(args.device))
-        run(args, make_codecs)
-        return 0
-    except (UserError, OSError) as error:
-        print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        again = shlex.join([*words, *([] if args.resume else ["--resume"])])
-        print(f"interrupted; go on with: python train.py {again}", file=sys.stderr)
-        return 130
+    return runs.exit_code("train.py", lambda: run(args, make_codecs))
 
 
 if __name__ == "__main__":

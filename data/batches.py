@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data.codecs import Film, encode_films, stack
-from mutual_forcing import Codecs, Config, Controls
+from data.codecs import Codecs, Film, encode_films, stack
+from mutual_forcing import Config, Controls
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
@@ -16,10 +16,11 @@ def frames_of(cfg: Config, seconds: float) -> int:
 class Batches(Dataset):
     """The films of each pass of a training stage.
 
-    Item `turn` is a function of seed and turn alone, so that a run can go on from anywhere: films
-    (stacked, see data.codecs.stack) and numbers in 0..1 (3, B), by which film_batch() drops
-    controls. draw(cfg, rng, frames) -> Film; seconds: lengths, in turn from step to step; batch:
-    films of the first length, of longer ones so many fewer that a step costs the same.
+    Item `turn` is a function of seed and turn alone, so that a run can go on from
+    anywhere: films (stacked, see data.codecs.stack) and numbers in 0..1 (3, B), by
+    which film_batch() drops controls. draw(cfg, rng, frames) -> Film; seconds: lengths,
+    in turn from step to step; batch: films of the first length, of longer ones so many
+    fewer that a step costs the same.
     """
 
     def __init__(self, cfg: Config, draw, seed: list[int], seconds, batch: int, passes: int):
@@ -36,18 +37,18 @@ class Batches(Dataset):
 
 
 def film_batch(model, codecs: Codecs, films: Film, chance: torch.Tensor, no_transcript: float):
-    """Films -> latents (B, S, E) and controls on the model's device, some controls dropped by
-    chance.
+    """Films -> latents (B, S, E) and controls on the model's device, some controls
+    dropped by chance.
 
-    Guidance and films without transcript need it. Dropped are the transcript in the share
-    no_transcript of the films, the character in 0.3 and the first frame in 0.5.
+    Guidance and films without transcript need it. Dropped are the transcript in the
+    share no_transcript of the films, the character in 0.3 and the first frame in 0.5.
     """
     films = Film(*[part.to(model.device) for part in films])
     x, controls = encode_films(model.cfg, codecs, films)
     limits = torch.tensor([[no_transcript], [0.3], [0.5]], dtype=chance.dtype)
     has_text, has_character, has_first_frame = (chance >= limits).to(model.device)
     null = controls.dropped(model.cfg)
-    return x.to(model.no_first.dtype), Controls(
+    return x.to(model.place.dtype), Controls(
         symbols=torch.where(has_text[:, None], controls.symbols, null.symbols),
         character=torch.where(has_character, controls.character, null.character),
         first_frame=controls.first_frame,

@@ -19,10 +19,11 @@ from numpy.random import Generator
 from tqdm import tqdm
 
 from data.codecs import Film
+from data.controls import ALPHABET
 from data.decoding import Clip, ClipError, decode_clip, stream_options
 from data.subtitles import read_transcript
 from data.talker import talk
-from mutual_forcing import ALPHABET, Config, UserError
+from mutual_forcing import Config, UserError
 
 SUBTITLES = (".vtt", ".srt")  # the first is taken if a clip has both
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif", ".svg")
@@ -140,15 +141,13 @@ def match_subtitles(paths: list[Path], texts: list[Path]) -> dict[Path, list[Pat
 def summarise(folder: Path, clips: dict[Path, Film], remarks: dict[Path, str], cfg: Config) -> None:
     """Say on stderr what a folder holds, and of each file that is not used, or not whole, why."""
     wordless = [path for path, clip in clips.items() if not (clip.symbols < cfg.silence).any()]
-    dark = [path for path, clip in clips.items() if not len(clip.frames)]
     mute = [path for path, clip in clips.items() if not len(clip.samples)]
     unused = [path for path, remark in remarks.items() if remark.startswith(UNUSED)]
     counts = f"{len(clips) - len(wordless)} clips with words, {len(wordless)} without words"
     print(f"{folder}: {counts}, {len(unused)} files not used", file=sys.stderr)
     groups = {
         "without words": wordless if len(wordless) < len(clips) else [],
-        "without picture, for stage audio alone": dark,
-        "without sound, for stage video alone": mute,
+        "without sound, for stage codec alone": mute,
     }
     for name, paths in groups.items():
         if paths:
@@ -162,8 +161,9 @@ def summarise(folder: Path, clips: dict[Path, Film], remarks: dict[Path, str], c
 def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]:
     """The films and sounds of a folder and its subfolders that last at least so many frames.
 
-    Each file is decoded once, into the folder cache, from which all other files are removed. A
-    summary on stderr says what is used, and what is not and why. Raises UserError without a folder.
+    Each file is decoded once, into the folder cache, from which all other files are
+    removed. A summary on stderr says what is used, and what is not and why. Raises
+    UserError without a folder.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of clips")
@@ -184,9 +184,11 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
             except ClipError as error:
                 remarks[path] = f"{UNUSED}{error}"
                 continue
+            if not len(clip.frames):
+                remarks[path] = f"{UNUSED}it has no picture"
+                continue
             cached.add(name)
-            frames = len(clip.frames) or len(clip.samples) * cfg.fps // cfg.sample_rate
-            symbols, refused = load_symbols(text, cfg, frames)
+            symbols, refused = load_symbols(text, cfg, len(clip.frames))
             clips[path] = Film(clip.frames, clip.samples, symbols, len(cfg.characters))
             remarks[path] = clip.note
             if text:
@@ -213,27 +215,27 @@ def fingerprint(clips: list[Film]) -> str:
 
 
 def draw_stretch(clips: list[Film], cfg: Config, rng: Generator, frames: int) -> Film:
-    """A random stretch of a random clip as a film; a missing track becomes black or silence."""
+    """A random stretch of a random clip as a film; a missing sound becomes silence."""
     clip = clips[rng.integers(len(clips))]
     whole = len(clip.symbols) - 2 * cfg.margin  # frames of the clip
     begin = int(rng.integers(whole - frames + 1))
     end = begin + frames
-    pixels = np.array(clip.frames[begin:end])
-    if not len(pixels):
-        pixels = np.zeros((frames, cfg.image, cfg.image, 3), np.uint8)
     per_frame = cfg.sample_rate // cfg.fps
     samples = np.array(clip.samples[begin * per_frame : end * per_frame])
     samples = np.pad(samples, (0, frames * per_frame - len(samples)))
-    return Film(pixels, samples, clip.symbols[begin : end + 2 * cfg.margin], clip.character)
+    return Film(
+        np.array(clip.frames[begin:end]),
+        samples,
+        clip.symbols[begin : end + 2 * cfg.margin],
+        clip.character,
+    )
 
 
 def drawer(clips: list[Film] | None, stage: str):
     """What draws a stage's films, called like talk(). UserError if no clip has what it needs."""
     if clips is None:
         return talk
-    if stage != "audio":
-        clips = [clip for clip in clips if len(clip.frames)]
-    if stage != "video":
+    if stage != "codec":
         clips = [clip for clip in clips if len(clip.samples)]
     if not clips:
         raise UserError(f"--data: no clip has what stage {stage} needs")

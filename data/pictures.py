@@ -11,7 +11,8 @@ from PIL import Image, ImageOps
 
 from mutual_forcing import UserError
 
-# What Pillow raises for a damaged file, for one that holds no picture, and for a giant one.
+# What Pillow raises for a damaged file, for one that holds no picture, and for a giant
+# one.
 DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 WHITES = (1, 2**8 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1)  # of fractions; of whole numbers by bits
 
@@ -19,7 +20,8 @@ WHITES = (1, 2**8 - 1, 2**16 - 1, 2**31 - 1, 2**32 - 1)  # of fractions; of whol
 def grey_pixels(picture: Image.Image) -> tuple[ndarray, float]:
     """A grey picture of 16 or 32 bits -> uint8 (h, w, 3), and which value is taken for white.
 
-    It is the largest value of 16 bits; of 32 bits, of the smallest kind of number that holds all.
+    It is the largest value of 16 bits; of 32 bits, of the smallest kind of number that
+    holds all.
     """
     values = np.asarray(picture)
     if picture.mode == "I" and values.min() < 0:
@@ -56,7 +58,8 @@ def read_pixels(path: Path, report: Callable[[str], None]) -> ndarray:
 def read_picture(path: Path, size: int, report: Callable[[str], None]) -> ndarray:
     """A picture file -> its central square, uint8 (size, size, 3).
 
-    report(line) is called for each change. Raises UserError for a file that holds no whole picture.
+    report(line) is called for each change. Raises UserError for a file that holds no
+    whole picture.
     """
     pixels = read_pixels(path, report)
     h, w = pixels.shape[:2]

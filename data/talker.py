@@ -13,41 +13,45 @@ from numpy import ndarray
 from numpy.random import Generator, default_rng
 
 from data.codecs import Film
-from mutual_forcing import ALPHABET, Config, UserError
+from data.controls import ALPHABET
+from mutual_forcing import Config, UserError
 
 NAMES = Config().characters  # the named characters; len(NAMES) as an index: an unknown person
 SILENCE = Config().silence  # a symbol; those below it are the letters
 
-# How a letter looks and sounds: the mouth's opening and width (0..1), two resonances (Hz) and the
-# loudness of the voice (0..1), the centre (Hz), bandwidth (Hz) and loudness (0..1) of a noise.
+# How a letter looks and sounds: the mouth's opening and width (0..1), two resonances
+# (Hz) and the loudness of the voice (0..1), the centre (Hz), bandwidth (Hz) and
+# loudness (0..1) of a noise. Vowels are those of Peterson and Barney (1952), men: hod,
+# head, heed, hawed, who'd. Consonants are near the values of Klatt (1980), chosen
+# apart; j as in French, q as a deep k, x as in Scots loch.
 Letter = namedtuple("Letter", "opening width formant_1 formant_2 voice centre bandwidth noise")
 LETTER_TABLE = {
-    "a": Letter(1.00, 0.55,  900, 1500, 1.0,     0,   1, 0.00),
-    "b": Letter(0.00, 0.50,  250, 1000, 0.6,     0,   1, 0.00),
-    "c": Letter(0.25, 0.60,    0,    0, 0.0,  2600, 150, 0.50),
-    "d": Letter(0.30, 0.55,  250, 2200, 0.6,     0,   1, 0.00),
-    "e": Letter(0.55, 0.80,  550, 2200, 1.0,     0,   1, 0.00),
-    "f": Letter(0.10, 0.50,    0,    0, 0.0,  1900, 500, 0.50),
-    "g": Letter(0.40, 0.45,  450, 1500, 0.7,     0,   1, 0.00),
-    "h": Letter(0.60, 0.50,    0,    0, 0.0,   700, 250, 0.50),
-    "i": Letter(0.35, 0.95,  300, 2700, 0.9,     0,   1, 0.00),
-    "j": Letter(0.30, 0.40,  250, 1600, 0.4,  3300, 250, 0.30),
-    "k": Letter(0.45, 0.55,    0,    0, 0.0,  1300, 150, 0.50),
-    "l": Letter(0.45, 0.70,  500, 2900, 0.7,     0,   1, 0.00),
-    "m": Letter(0.00, 0.45,  300, 1300, 0.7,     0,   1, 0.00),
-    "n": Letter(0.25, 0.60,  300, 1900, 0.7,     0,   1, 0.00),
-    "o": Letter(0.80, 0.25,  550, 1000, 1.0,     0,   1, 0.00),
-    "p": Letter(0.00, 0.55,    0,    0, 0.0,   350, 120, 0.50),
-    "q": Letter(0.35, 0.20,    0,    0, 0.0,   950, 120, 0.50),
-    "r": Letter(0.40, 0.35,  700, 1200, 0.8,     0,   1, 0.00),
-    "s": Letter(0.15, 0.80,    0,    0, 0.0,  3400, 350, 0.50),
-    "t": Letter(0.20, 0.65,    0,    0, 0.0,  3000, 120, 0.50),
-    "u": Letter(0.45, 0.10,  300,  700, 1.0,     0,   1, 0.00),
-    "v": Letter(0.10, 0.60,  300,  500, 0.5,  1900, 300, 0.30),
-    "w": Letter(0.25, 0.05,  400,  500, 0.8,     0,   1, 0.00),
-    "x": Letter(0.30, 0.75,    0,    0, 0.0,  2200, 150, 0.50),
-    "y": Letter(0.30, 0.90,  300, 3300, 0.8,     0,   1, 0.00),
-    "z": Letter(0.15, 0.70,  250,  350, 0.5,  3500, 250, 0.35),
+    "a": Letter(1.00, 0.55,  730, 1090, 1.0,     0,   1, 0.00),
+    "b": Letter(0.00, 0.50,  180, 1100, 0.4,   650, 150, 0.40),
+    "c": Letter(0.25, 0.60,    0,    0, 0.0,  2700, 200, 0.50),
+    "d": Letter(0.30, 0.55,  180, 1750, 0.5,  3000, 150, 0.25),
+    "e": Letter(0.55, 0.80,  530, 1840, 1.0,     0,   1, 0.00),
+    "f": Letter(0.10, 0.50,    0,    0, 0.0,  2300, 950, 0.50),
+    "g": Letter(0.40, 0.45,  180, 2100, 0.5,  1700, 150, 0.25),
+    "h": Letter(0.60, 0.50,    0,    0, 0.0,  1100, 650, 0.50),
+    "i": Letter(0.35, 0.95,  270, 2290, 0.9,     0,   1, 0.00),
+    "j": Letter(0.30, 0.40,  250, 1850, 0.4,  2600, 400, 0.30),
+    "k": Letter(0.45, 0.55,    0,    0, 0.0,  2000, 120, 0.50),
+    "l": Letter(0.45, 0.70,  350, 1350, 0.7,     0,   1, 0.00),
+    "m": Letter(0.00, 0.45,  250, 1100, 0.7,     0,   1, 0.00),
+    "n": Letter(0.25, 0.60,  260, 1600, 0.7,     0,   1, 0.00),
+    "o": Letter(0.80, 0.25,  570,  840, 1.0,     0,   1, 0.00),
+    "p": Letter(0.00, 0.55,    0,    0, 0.0,   550, 120, 0.50),
+    "q": Letter(0.35, 0.20,    0,    0, 0.0,  1300, 120, 0.50),
+    "r": Letter(0.40, 0.35,  490, 1200, 0.8,     0,   1, 0.00),
+    "s": Letter(0.15, 0.80,    0,    0, 0.0,  3600, 250, 0.50),
+    "t": Letter(0.20, 0.65,    0,    0, 0.0,  3200, 120, 0.50),
+    "u": Letter(0.45, 0.10,  300,  870, 1.0,     0,   1, 0.00),
+    "v": Letter(0.10, 0.60,  220, 1000, 0.5,  2000, 900, 0.30),
+    "w": Letter(0.25, 0.05,  300,  590, 0.8,     0,   1, 0.00),
+    "x": Letter(0.30, 0.75,    0,    0, 0.0,  1700, 300, 0.50),
+    "y": Letter(0.30, 0.90,  290, 2600, 0.8,     0,   1, 0.00),
+    "z": Letter(0.15, 0.70,  220, 1400, 0.5,  3700, 250, 0.30),
     " ": Letter(0.00, 0.50,    0,    0, 0.0,     0,   1, 0.00),
 }  # fmt: skip
 LETTERS = np.array([LETTER_TABLE[letter] for letter in ALPHABET])  # (27, 8)
@@ -155,8 +159,9 @@ def timbre(voice_hz: ndarray, noise_hz: ndarray, tilt: float) -> tuple[ndarray, 
 def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarray:
     """The sound of symbols (F,): float32 samples (F sample_rate / fps,), about -1..1.
 
-    A hop must last half a frame. A steady vowel repeats after each hop, because the pitch is a
-    multiple of sample_rate / hop: so its spectra, as the audio codec makes them, are steady too.
+    A hop must last half a frame. A steady vowel repeats after each hop, because the
+    pitch is a multiple of sample_rate / hop: so its spectra, as the audio codec makes
+    them, are steady too.
     """
     hop, rate, pitch = cfg.hop, cfg.sample_rate, pitch_of(who)
     weights = letter_weights(symbols)[::2]  # (2 F + 1, 27), at the borders between hops
@@ -165,7 +170,8 @@ def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarr
     noise_hz = np.arange(hop + 1) * rate / (2 * hop)
     voiced, noisy = timbre(harmonics * rate / hop, noise_hz, who.tilt)
 
-    # The voice: one hop of sound for each border, repeated, and faded into the next border's.
+    # The voice: one hop of sound for each border, repeated, and faded into the next
+    # border's.
     phases = np.pi * harmonics**2 / harmonics[-1]  # spread out, so that peaks do not add up
     angles = 2 * np.pi * np.outer(harmonics, np.arange(hop)) / hop + phases[:, None]
     amplitudes = (weights @ voiced).astype(np.float32)
@@ -173,7 +179,8 @@ def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarr
     fade = np.linspace(0, 1, hop, endpoint=False, dtype=np.float32)
     sound = (1 - fade) * periods[:-1] + fade * periods[1:]  # (2 F, hop)
 
-    # The noise: two hops around each border, under a sine window; neighbours overlap by a hop.
+    # The noise: two hops around each border, under a sine window; neighbours overlap by
+    # a hop.
     size = (len(weights), hop + 1)
     spectra = rng.standard_normal(size) + 1j * rng.standard_normal(size)
     window = np.sin(np.pi * np.arange(2 * hop) / (2 * hop))
@@ -223,9 +230,9 @@ def draw_still(who: Identity, size: int) -> ndarray:
     top, bottom = who.background[:, :, None, None]
     canvas = (1 - y / UNITS) * top + y / UNITS * bottom
     paint(canvas, ellipse(y, x, 50, 32, 12, 6.5), 0.85 * who.skin)
-    angle = 2 * np.pi * who.texture[0]
-    across = (0.5 + 0.9 * who.texture[1]) * (np.cos(angle) * x + np.sin(angle) * y)
-    stripes = 0.85 + 0.15 * np.sin(across + TURN * who.texture[2])
+    angle = int(4 * who.texture[0]) * np.pi / 4  # 0, 45, 90 or 135 degrees
+    across = (np.cos(angle) * x + np.sin(angle) * y) / (6 + 5 * who.texture[1])
+    stripes = 0.8 + 0.2 * np.sin(TURN * (across + who.texture[2]))
     paint(canvas, ellipse(y, x, 72, 32, 16, 25), who.cloth, stripes.astype(np.float32))
     return canvas
 
@@ -265,10 +272,11 @@ def draw_frames(who: Identity, moves: dict[str, ndarray], mouth: ndarray, size: 
     film = np.repeat(draw_still(who, size)[None], len(mouth), axis=0)
     radius = 13 + 4 * who.face_width  # half of the face's width
 
-    # Each part is drawn in a rectangle that it cannot leave, the furthest first: hair, then face.
+    # Each part is drawn in a rectangle that it cannot leave, the furthest first: hair,
+    # then face.
     pixels, y, x = head_box(film, moves, 4, 54, 8, 56)
-    density, phase, fringe_phase = who.texture[3:]
-    strands = 0.8 + 0.2 * np.sin((0.9 + 0.8 * density) * x + 0.25 * y + TURN * phase)
+    coarse, phase, fringe_phase = who.texture[3:]
+    strands = 0.8 + 0.2 * np.sin(TURN * ((x + 0.25 * y) / (6 + 4 * coarse) + phase))
     paint(pixels, ellipse(y, x, -3, 0, 20, radius + 3.5), who.hair, strands)
     fringe = 6.5 + 5 * who.fringe - 2 * np.sin(0.35 * x + TURN * fringe_phase)
     paint(pixels, ellipse(y, x, 0, 0, 19, radius) * np.clip(fringe + y, 0, 1), who.skin)

@@ -1,7 +1,7 @@
 """What data/ claims: codecs, film files, runs of training, clips, subtitles and pictures."""
 
+import io
 import json
-import math
 import os
 import re
 import signal
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,25 +20,33 @@ import pytest
 import soundfile
 import torch
 from PIL import Image
+from torch import nn
 
 import mutual_forcing as mf
 import sample
 import train
+from data import checkpoint, runs
 from data.batches import Batches, film_batch
 from data.clips import drawer, fingerprint, load_clips, read_subtitles
-from data.codecs import encode_films, make_codecs, stack
+from data.codecs import AudioCodec, Codecs, VideoCodec, encode_films, stack
+from data.controls import spell
 from data.decoding import ClipError, decode_clip
 from data.pictures import read_picture
 from data.talker import talk
 from data.writer import FilmWriter
-from mutual_forcing import AudioVideoTransformer, Config, UserError, spell
+from mutual_forcing import AudioVideoTransformer, Config, UserError
 
 HERE = Path(__file__).parents[1]
 WHOLE = "WHOLE" in os.environ  # all seeds of the random tests, not a few
-TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, chunk=2, window=2)
-CODECS = make_codecs(TINY)
-SMALL = "--config width=32 layers=1 heads=1 chunk=2 image=32 --batch 3 --seconds 0.75 1 --save 2"
-SMALL += " --lr 1e-2 --device cpu --precision fp32 --from-scratch"
+SIZES = {"width": 32, "layers": 2, "heads": 2, "image": 16, "video_dim": 32, "audio_dim": 32}
+TINY = Config(**SIZES, sample_rate=1024, chunk=2, window=2)
+SMALL = "--config width=32 layers=1 heads=1 chunk=2 image=32 video_dim=32 --batch 3 --save 2"
+SMALL += " --seconds 0.75 1 --lr 1e-2 --device cpu --precision fp32 --from-scratch"
+
+
+def small_codecs(cfg: Config) -> Codecs:
+    codecs = Codecs(VideoCodec(cfg, fine=8, coarse=8), AudioCodec(cfg))
+    return codecs.requires_grad_(False)
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +56,8 @@ def seeded():
 
 
 def run_train(out, words="", **more) -> int:
-    return train.main([*SMALL.split(), *words.split(), "--out", str(out)], **more)
+    words = f"{SMALL} {words} --out {out}"
+    return train.main(words.split(), make_codecs=small_codecs, **more)
 
 
 @pytest.fixture(scope="module")
@@ -62,41 +71,74 @@ def small(tmp_path_factory) -> Path:
 # ---- Codecs and film files
 
 
-def test_codecs_invert_and_stream():
-    frames = torch.arange(2 * 4 * 16 * 16 * 3).remainder(256).byte().reshape(2, 4, 16, 16, 3)
-    samples = torch.rand(2, 4 * 64) * 2 - 1
-    for codec, film, due in zip(CODECS, (frames, samples), (0, TINY.hop)):
-        tokens = codec.encode(film)
-        begin, state = codec.decode_next(tokens[:, :1])
-        rest, state = codec.decode_next(tokens[:, 1:], state)
-        n, streamed = film.shape[1] - due, torch.cat([begin, rest], 1)
-        assert torch.allclose(streamed.float(), film[:, :n].float(), atol=1e-5)
-        assert torch.allclose(codec.decode(tokens)[:, :n], streamed)
-    assert torch.equal(codec.decode(tokens)[:, n:], state)  # the sound that is due
+def test_the_audio_codec_inverts_and_streams():
+    codec, samples = small_codecs(TINY).audio, torch.rand(2, 8 * 64) * 2 - 1
+    tokens = codec.encode(samples)
+    state, parts = None, []
+    for part in tokens.split([1, 2, 1], 1):
+        streamed, state = codec.decode_next(part, state)
+        parts.append(streamed)
+    n, streamed = 8 * 64 - TINY.hop, torch.cat(parts, 1)
+    assert torch.allclose(streamed, samples[:, :n], atol=1e-5)
+    whole = codec.decode(tokens)
+    assert torch.allclose(whole, torch.cat([streamed, state], 1), atol=1e-6)  # and what is due
 
 
-def test_video_codec_enlarges_changes_and_differences_across_borders():
-    frames = torch.full((1, 2, 16, 16, 3), 100, dtype=torch.uint8)
-    frames[:, 1] += 10  # brighter in time
-    frames[..., 8:, :] += 20  # and a step at the border of two patches
-    tokens = CODECS.video.encode(frames)[0, 0, :2]
-    left, right = tokens.unflatten(1, (2, 8, 8, 3))[:, :, 0, :, 0]  # each (frame, column)
-    grey, step = (left + right.flip(1)) / 2, right.flip(1) - left  # of mirrored pixels
-    assert torch.allclose(grey[0], torch.tensor(110 / 127.5 - 1))
-    assert torch.allclose(grey[1] - grey[0], torch.tensor(TINY.motion * 10 / 127.5))
-    gain = torch.tensor([1, 1, 1, 1, 1, TINY.seam / 3, TINY.seam / 2, TINY.seam])
-    assert torch.allclose(step, 20 / 127.5 * gain)
+def test_the_video_codec_streams_and_encodes_each_latent_frame_alone():
+    codec, frames = small_codecs(TINY).video, torch.randint(256, (2, 12, 16, 16, 3)).byte()
+    latents, other = codec.encode(frames), frames.clone()
+    other[:, 4:6] ^= 255  # latent frame 2
+    changed = (codec.encode(other) - latents).abs().amax((0, 2, 3))
+    assert changed.nonzero().flatten().tolist() == [2]
+    state, parts = None, []
+    for part in (100 * latents).split([1, 2, 3], 1):
+        decoded, state = codec.decode_next(part, state)
+        parts.append(decoded)
+    whole = codec.decode(100 * latents)
+    assert whole.shape == frames.shape and whole.float().std() > 1
+    assert (torch.cat(parts, 1).int() - whole.int()).abs().max() <= 1  # of 255
+
+
+def test_a_token_of_the_video_codec_holds_its_own_square_and_decodes_back():
+    codec = small_codecs(replace(TINY, video_dim=384)).video  # as many values as pixels
+    codec.encoder = nn.Sequential(nn.PixelUnshuffle(2), nn.ConstantPad3d((0, 0, 0, 0, 0, 12), 0.0))
+    codec.decoder = nn.PixelShuffle(2)
+    codec.mean.uniform_(-1, 1)
+    codec.std.uniform_(0.5, 2)
+    frames = torch.randint(256, (2, 6, 16, 16, 3)).byte()
+    latents = codec.encode(frames)
+    assert torch.equal(codec.decode(latents), frames)
+    for token in range(4):  # row by row, as the rotary embedding has it
+        row, column = 8 * (token // 2), 8 * (token % 2)
+        other = frames.clone()
+        other[1, 3, row : row + 8, column : column + 8] ^= 255
+        changed = (codec.encode(other) - latents).abs().amax(3).nonzero().tolist()
+        assert changed == [[1, 1, token]]
+
+
+@torch.no_grad()
+def test_latents_of_the_video_codec_have_unit_variance_after_stage_0():
+    codec = small_codecs(replace(TINY, video_dim=128)).video
+    codec.encoder[-1].weight *= 10
+    codec.encoder[-1].bias += 1
+    clips = torch.rand(20, 2, 16, 16, 3).pow(torch.rand(20, 1, 1, 1, 1) * 3).mul(255).byte()
+    for _ in range(600):
+        codec.loss(clips[torch.randint(20, (4,))])
+    first_frames = codec.encode(clips).unflatten(3, (2, 4, 16))[:, :, :, 0]
+    by_channel = first_frames.movedim(3, 0).flatten(1)
+    assert by_channel.mean(1).abs().max() < 0.15
+    assert (by_channel.std(1) - 1).abs().max() < 0.15
 
 
 def test_spectra_of_sound_are_orthogonal_and_have_unit_variance():
     cfg = Config()
-    codecs = make_codecs(cfg)
+    codecs = small_codecs(cfg)
     product = codecs.audio.basis.double().T @ codecs.audio.basis.double()
     assert (product - torch.eye(cfg.hop)).abs().max() < 1e-6
     films = stack([talk(cfg, np.random.default_rng(seed), 24) for seed in range(16)])
     x, _ = encode_films(cfg, codecs, films)
     video, audio = mf.split(cfg, x)
-    assert audio.shape == (16, 12, 8, 125) and 0.8 < audio.std() < 1.2
+    assert audio.shape == (16, 12, 4, 250) and 0.8 < audio.std() < 1.2
     assert torch.equal(mf.join(video, audio), x)
 
 
@@ -105,7 +147,7 @@ def test_sample_writes_each_kind_of_film(kind, small, tmp_path, capsys):
     (tmp_path / "films").mkdir()
     out = tmp_path / "films" / f"film.{kind}"
     words = f"--checkpoint {small} --say hi_ab --out {out} --json --device cpu"
-    assert sample.main(words.split()) == 0
+    assert sample.main(words.split(), make_codecs=small_codecs) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["frames"] == 2 + 3 * 5 + 8 and figures["steps"] == 4
     assert [path.name for path in out.parent.iterdir()] == [out.name]
@@ -138,7 +180,7 @@ def test_interrupted_sampling_keeps_the_chunks_so_far_and_the_old_film(
 
     monkeypatch.setattr(FilmWriter, "add", interrupt)
     words = f"--checkpoint {small} --seconds 9 --out {old} --device cpu"
-    assert sample.main(words.split()) == 130
+    assert sample.main(words.split(), make_codecs=small_codecs) == 130
     (new,) = tmp_path.glob("film-interrupted-*.wav")
     assert old.read_bytes() == b"old" and 0 < len(soundfile.read(new)[0]) <= 4 * 500
 
@@ -159,14 +201,15 @@ import sys, torch
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
 import train
+from data.test_data import small_codecs
 save = train.save
-def kept(state, codecs, args):
-    save(state, codecs, args)
+def kept(state, args, *rest):
+    save(state, args, *rest)
     weights = state.model.state_dict()
     weights = {n: getattr(w, "full_tensor", lambda w=w: w)() for n, w in weights.items()}
     torch.save(weights, args.out / f"weights{train.runs.process()[0]}")
 train.save = kept
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.main(sys.argv[1:], lambda cfg: small_codecs(cfg).float()))
 """
 
 
@@ -192,16 +235,13 @@ def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
         args = train.build_parser().parse_args(
             [*SMALL.split(), *words.split(), "--seconds", "0.75"]
         )
-        args.device, args.real, args.real_is_whole, args.extra = (
-            torch.device("cpu"),
-            None,
-            False,
-            None,
-        )
-        args.weights = mf.WEIGHTS
+        args.device, args.weights, args.real_is_whole = torch.device("cpu"), mf.WEIGHTS, False
+        args.real = args.extra = None
         torch.manual_seed(0)
-        model = AudioVideoTransformer(train.read_config(args.config))
-        codecs, state = make_codecs(model.cfg), train.State(model, "mutual", args)
+        model = AudioVideoTransformer(runs.read_config(args.config))
+        codecs = small_codecs(model.cfg).float()
+        codecs.load_state_dict({name: x.half() for name, x in codecs.state_dict().items()})
+        state = train.State(model, codecs, "mutual", args)
         for step in range(2):
             for rank in range(2):
                 seed = [args.seed, list(train.STAGES).index("mutual"), rank]
@@ -218,10 +258,10 @@ def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
         assert (weight - one[name]).abs().max() < 1e-6
     # A run goes on in another number of processes.
     resume = tmp_path / "two" / "resume.pt"
-    content = mf.load_file(resume) | {"stage": "mutual", "step": 1}
-    mf.save_file(resume, content)
+    content = checkpoint.load_file(resume) | {"stage": "mutual", "step": 1}
+    checkpoint.save_file(resume, content)
     run_processes(tmp_path / "child.py", 1, words + " --resume", tmp_path / "two")
-    assert mf.load_checkpoint(tmp_path / "two" / "mutual.pt")[1]["step"] == 2
+    assert checkpoint.load_file(tmp_path / "two" / "mutual.pt")["extra"]["step"] == 2
 
 
 def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_path, capsys):
@@ -236,9 +276,9 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
     for words, said in (
         ("--stage mutual", "--init"),
         ("--config widht=3", "widht"),
-        ("--config width=4.5", "Config.width"),
+        ("--config width=4.5", "FIELD=N"),
         ("--seconds 0.1", "--seconds"),
-        ("--stage joint --batch 0", "--batch"),
+        ("--stage codec --batch 0", "--batch"),
         ("--init nowhere.pt", "nowhere.pt"),
         ("--data nowhere", "nowhere"),
         ("--device tpu", "tpu"),
@@ -248,7 +288,10 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
         lines = capsys.readouterr().err.splitlines()
         assert said in lines[-1] and "Traceback" not in "".join(lines), (words, lines)
     assert run_train(small.parent, "--stage joint --steps 2 --overwrite") == 0
-    assert small.read_bytes() == before  # the same run, anew
+    new, old = checkpoint.load_file(small), torch.load(io.BytesIO(before[:-32]))
+    for name in ("model", "codecs"):  # the same run, anew
+        for key, weight in new[name].items():
+            assert torch.equal(weight, old[name][key])
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path, capsys):
@@ -270,14 +313,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_move(tmp_path, m
     def bad(state, *rest):
         losses, logs = losses_of(state, *rest)
         if state.step == 2:  # the loss is finite, its gradient is not
-            weight = state.model.audio.embed.bias
+            weight = state.model.embed[1].bias
             losses["flow"] = losses["flow"] + (weight - weight.detach()).abs().sqrt().sum()
         return losses, logs
 
     monkeypatch.setattr(train, "losses_of", bad)
     assert run_train(tmp_path, "--stage joint --steps 4") == 2
     assert str(tmp_path / "joint.pt") in capsys.readouterr().err
-    model, extra = mf.load_checkpoint(tmp_path / "joint.pt")
+    model, _, extra = checkpoint.load_checkpoint(tmp_path / "joint.pt", small_codecs)
     assert extra["step"] == 2 and all(weight.isfinite().all() for weight in model.parameters())
 
 
@@ -290,38 +333,25 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_goes_on(tmp_path, monkeypatc
         return step(state, *rest)
 
     monkeypatch.setattr(train, "train_step", interrupted)
-    assert run_train(tmp_path, "--stage video --steps 3") == 130
+    assert run_train(tmp_path, "--stage unimodal --steps 3") == 130
     assert "--resume" in capsys.readouterr().err
-    assert mf.load_file(tmp_path / "resume.pt")["step"] == 1
-    assert run_train(tmp_path, "--stage video --steps 3 --resume") == 0
+    assert checkpoint.load_file(tmp_path / "resume.pt")["step"] == 1
+    assert run_train(tmp_path, "--stage unimodal --steps 3 --resume") == 0
 
 
 # ---- Checkpoints
 
 
-@pytest.mark.parametrize("seed", range(300 if WHOLE else 20))
-def test_fuzz_checkpoints(seed, small, tmp_path):
-    """Any damage ends in one clear line, or in a model where one is still possible."""
+@pytest.mark.parametrize("seed", range(100 if WHOLE else 8))
+def test_damage_of_a_checkpoint_ends_in_one_line(seed, small, tmp_path):
+    """Bits of the header, of the pickle, or of anything are changed, and the end may be cut off."""
     rng, path = np.random.default_rng(seed), tmp_path / "bad.pt"
-    if seed % 4 == 0:  # bits of the header, of the pickle, of anything; or the end is cut off
-        data = bytearray(small.read_bytes())
-        for at in rng.integers(rng.choice([300, 5000, len(data)]), size=3):
-            data[at] ^= 1 << rng.integers(8)
-        path.write_bytes(data[: rng.choice([len(data), rng.integers(len(data))])])
-    else:  # another value in the place of one
-        content = mf.load_file(small)
-        tree = (content, content["config"], content["weights"])[seed % 4 - 1]
-        odd = [0, -1, 10**9, 1e308, math.nan, "9", None, [1], 2.5, {}]
-        if seed % 4 == 3:
-            odd += [torch.zeros(1).expand(2**50), tree["no_first"].to(torch.int8)]
-        tree[str(rng.choice([*tree, "more"]))] = odd[rng.integers(len(odd))]
-        mf.save_file(path, content)
-    try:
-        mf.load_checkpoint(path)
-    except mf.CheckpointError as error:
-        assert "\n" not in str(error)
-    else:
-        assert seed % 4
+    data = bytearray(small.read_bytes())
+    for at in rng.integers(rng.choice([300, 5000, len(data)]), size=3):
+        data[at] ^= 1 << rng.integers(8)
+    path.write_bytes(data[: rng.choice([len(data), rng.integers(len(data))])])
+    with pytest.raises(checkpoint.CheckpointError, match=r"^[^\n]+$"):
+        checkpoint.load_checkpoint(path, small_codecs)
 
 
 # ---- Clips, subtitles and pictures
@@ -434,9 +464,9 @@ def test_a_folder_is_used_or_named(film, tmp_path, capsys):
     (folder / "damaged.mp4").write_bytes(b"\0nothing")
     clips = load_clips(folder, CFG, 24, cache)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("1 clips with words, 5 without words, 7 files not used")
-    for line in """without picture, for stage audio alone: d.m4a
-        without sound, for stage video alone: e.avi
+    assert lines[0].endswith("1 clips with words, 4 without words, 8 files not used")
+    for line in """without sound, for stage codec alone: e.avi
+        d.m4a: not used, it has no picture
         a.en.srt: not used, a.mp4 has a.srt
         orphan.vtt: not used, no clip of its name is used
         p.png: not used, a picture
@@ -445,7 +475,7 @@ def test_a_folder_is_used_or_named(film, tmp_path, capsys):
         short.mkv: not used, 0.50 s, a clip takes 1.50 s""".splitlines():
         assert f"  {line.strip()}" in lines
     assert "  damaged.mp4: not used, nothing in it can be decoded" in "\n".join(lines)
-    assert len(clips) == 6 and len(drawer(clips, "joint").args[0]) == 4
+    assert len(clips) == 5 and len(drawer(clips, "joint").args[0]) == 4
     words = np.pad(expected(*BOTH, frames=64), CFG.margin, constant_values=CFG.silence)
     assert (clips[0].symbols == words).all()
     assert (clips[1].symbols == CFG.unknown).all()

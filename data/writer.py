@@ -17,14 +17,15 @@ import soundfile
 from mutual_forcing import Config, UserError
 
 ENLARGE = 4  # of films, by nearest neighbour: H.264 blurs single pixels
+ENCODE_EVERY = 160  # frames: an encoder that worked beside the model would cost it a core
 STRIP_EVERY = 4  # a .png shows every fourth frame
 
 
 class FilmWriter:
     """Takes a film chunk by chunk; finish() puts the whole file in its place, close() cleans up.
 
-    The parts are written in a temporary folder beside the result, so an old result survives a
-    failure.
+    The parts are written in a temporary folder beside the result, so an old result
+    survives a failure.
     """
 
     def __init__(self, out: Path, cfg: Config):
@@ -34,23 +35,15 @@ class FilmWriter:
         if not out.parent.is_dir():
             raise UserError(f"{out.parent}: no such folder")
         self.folder = tempfile.TemporaryDirectory(prefix=".film-", dir=out.parent)
-        self.path = Path(
-            self.folder.name
-        ).resolve()  # ffmpeg would take a relative "a:b" for an URL
+        self.path = Path(self.folder.name).resolve()  # ffmpeg takes a relative "a:b" for an URL
         self.num_frames = 0
+        self.waiting = []  # frames of an .mp4 that are not encoded yet
         self.chunks = []  # (frames, samples) of a .gif or .png
         self.sound = soundfile.SoundFile(self.path / "f.wav", "w", cfg.sample_rate, 1, "PCM_16")
         self.video = None
         if self.kind == ".mp4":
             enlarge = ["-vf", f"scale=iw*{ENLARGE}:ih*{ENLARGE}:flags=neighbor"]
-            fast = [
-                "-crf",
-                "18",
-                "-preset",
-                "ultrafast",
-                "-threads",
-                "1",
-            ]  # the model needs the cores
+            fast = ["-crf", "18", "-preset", "ultrafast"]
             options = {"macro_block_size": 2, "ffmpeg_log_level": "error"}
             self.video = imageio_ffmpeg.write_frames(
                 str(self.path / "video.mp4"),
@@ -71,12 +64,21 @@ class FilmWriter:
         except soundfile.SoundFileError as error:
             raise OSError(f"{self.out}: the sound cannot be written; is the disk full?") from error
         if self.video:
-            self.video.send(np.ascontiguousarray(frames))
+            self.waiting.append(frames)
+            if sum(map(len, self.waiting)) >= ENCODE_EVERY:
+                self.encode()
         elif self.kind != ".wav":
             self.chunks.append((frames, samples))
 
+    def encode(self) -> None:
+        """Give the waiting frames of an .mp4 to its encoder."""
+        if self.waiting:
+            self.video.send(np.ascontiguousarray(np.concatenate(self.waiting)))
+            self.waiting = []
+
     def finish(self) -> None:
         """Close the parts and put the result in its place, at once. Raises OSError."""
+        self.encode()
         for part in filter(None, (self.sound, self.video)):
             part.close()
         result = self.path / f"f{self.kind}"
@@ -94,8 +96,8 @@ class FilmWriter:
         elif self.kind == ".gif":
             frames = np.concatenate([frames for frames, _ in self.chunks])
             frames = frames.repeat(ENLARGE, 1).repeat(ENLARGE, 2)
-            # A GIF counts time in 10 ms: round the instants, not the durations, and its pace is
-            # right.
+            # A GIF counts time in 10 ms: round the instants, not the durations, and its
+            # pace is right.
             instants = np.round(np.arange(len(frames) + 1) * 100 / self.cfg.fps) * 10
             durations = np.diff(instants).tolist() if len(frames) > 1 else instants[1]
             iio.imwrite(result, frames, plugin="pillow", duration=durations, loop=0)

@@ -1,24 +1,23 @@
 """Speed of films and of training steps, beside the machine's limit: `python -m lab.benchmark`.
 
 The limit is the time that the same matrix products take alone; limit_share is the limit divided
-by the time measured. Each row is measured in a process of its own, so its peak memory is its own.
+by the time measured. Each row is measured in a process of its own, so its memory is its own.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 import timeit
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
-from dataclasses import replace
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -27,32 +26,26 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 import mutual_forcing as mf
+import sample
 import train
-from data.batches import Batches
+from data import runs
+from data.batches import Batches, film_batch
 from data.codecs import make_codecs
+from data.controls import stream_film
 from data.talker import talk
 from data.writer import FilmWriter
 from lab.evaluate import markdown
-from sample import SHIPPED, load_talker
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints when it starts and stops
 
-FILM = {"batch": 1, "mode": "few", "steps": 4, "guidance": 1.0, "cache": True, "seconds": 10}
-MULTI = {"mode": "multi", "steps": 50}
-FILMS = (  # in what each differs from FILM, and from the checkpoint's size and window
-    *({}, {"steps": 8}, MULTI, MULTI | {"guidance": 5.0}, {"batch": 8}, {"size": 128}),
-    *({"cache": False}, {"cache": False, "batch": 8}, {"cache": False, "size": 128}),
-    *({"window": 4}, {"cache": False, "window": 4}, {"seconds": 60}, {"seconds": 600}),
-)
-STEPS = tuple({"stage": stage, "batch": 8, "seconds": 1.5} for stage in train.STAGES)
-QUICK = tuple({"steps": 1, "seconds": 1, "cache": cache} for cache in (True, False))
-QUICK += ({"stage": "audio", "batch": 1, "seconds": 1},)
+TEXT = "the quick brown fox"  # after it the films are silent, which takes the same time
 LEGEND = """
-- first chunk: from a film's start to its first decoded half second; other chunks: the model alone
-- chunk ms last, new: those after the film's end and those of a new film, measured in turns
-- fps: frames of all films of a batch in a second of the model, of decoding, and end to end (both,
-  and writing the first film as .mp4); loading is in none of them
-- step seconds: a training step, with the drawing of its clips"""
+- start-up: import, without that of torch; load, until the model is on the device; the first chunk
+- chunk: half a second of film from stream(), decoded; decode: the codecs' share of it
+- last to new: a chunk after the film's end, divided by one of a new film, measured in turns
+- real time: seconds of film made in a second, end to end, with its .mp4
+- memory growth: from a tenth of the film to its end
+- limit share: of the model in a chunk; of forward and backward in a training step"""
 
 
 def clock(device: torch.device) -> float:
@@ -62,14 +55,16 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most memory held so far in MiB, of a GPU or of this process."""
+def memory(device: torch.device, *, peak: bool) -> float:
+    """MiB of a GPU or of this process: the most held so far, or those held now."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) // 2**20
+        measure = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return measure(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists():  # Linux, where ru_maxrss starts at that of the parent process
-        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) // 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20
+        name = "VmHWM" if peak else "VmRSS"
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # a Mac counts bytes
 
 
 def machine(device: torch.device) -> str:
@@ -84,8 +79,8 @@ def machine(device: torch.device) -> str:
 def matrix_products(function) -> list[tuple]:
     """Run a function -> the shapes (a, b) of all matrix products a @ b in it.
 
-    linear, matmul and einsum call one of the four operations that are counted. Fused attention is
-    two products; its gradient is not counted.
+    linear, matmul and einsum call one of the four operations that are counted. Fused
+    attention is two products; its gradient is not counted, nor are convolutions.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
         function()
@@ -106,7 +101,7 @@ def matrix_products(function) -> list[tuple]:
 
 def seconds_alone(products: list[tuple], device: torch.device) -> float:
     """Seconds that random matrices of these shapes take, in the precision that suits the device."""
-    like = {"dtype": mf.native_precision(device), "device": device}
+    like = {"dtype": runs.native_precision(device), "device": device}
     pairs = [(torch.randn(a, **like), torch.randn(b, **like)) for a, b in products]
 
     def multiply():
@@ -117,132 +112,139 @@ def seconds_alone(products: list[tuple], device: torch.device) -> float:
     return min(timeit.repeat(multiply, number=1, repeat=5))
 
 
-def films_of(model, codecs, chunks: int, *, batch, mode, steps, guidance, cache):
-    """Yields the latents of each chunk of a batch of films.
-
-    Without a cache, all chunks that a full cache holds are computed again, beside each new one.
-    """
-    cfg, device, few = model.cfg, model.device, mode == "few"
-    visible = cfg.window + 2  # the sink, the window and the chunk itself
-    text = "the quick brown fox " * chunks
-    controls = mf.film_controls(cfg, codecs, chunks if cache else visible, text)
-    controls = controls.map(lambda x: x.to(device).expand(batch, *x.shape[1:]))
-    times = mf.time_grid(cfg, steps).to(device)
-    if cache:
-        for states in mf.generate(model, controls, chunks, times, few=few, guidance=guidance):
-            yield states[-1]
-        return
-    length = visible * cfg.chunk
-
-    def predict(x_t, k):
-        d = (times[k + 1] - times[k]) * few
-        return model(x_t, times[k], d, controls, None, length)
-
-    for _ in range(chunks):
-        noise = torch.randn(batch, length, cfg.latent_values, device=device)
-        yield mf.denoise(cfg, predict, noise, times)[-1][:, -cfg.chunk :]
-
-
-def decode(cfg, codecs, latents, state=(None, None)):
-    """Latents of the next chunk -> its frames, its samples, and the state for the next call."""
-    video, audio = mf.split(cfg, latents)
-    frames, video_state = codecs.video.decode_next(video, state[0])
-    samples, audio_state = codecs.audio.decode_next(audio, state[1])
-    return frames, samples, (video_state, audio_state)
+def load(checkpoint: Path, device: torch.device, make_codecs) -> tuple:
+    """(model, codecs), as sample.py has them."""
+    model, codecs = sample.load_talker(checkpoint, make_codecs)
+    return model.to(device, runs.native_precision(device)), codecs.to(device)
 
 
 @torch.inference_mode()
-def time_films(model, codecs, *, seconds, **settings) -> dict:
-    """Stream films, decode all of them and write the first -> the figures of a row."""
-    cfg, device, state = model.cfg, model.device, (None, None)
-    for latents in films_of(model, codecs, cfg.window + 2, **settings):  # to warm up
-        state = decode(cfg, codecs, latents, state)[2]
+def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
+    """What a user waits for, once, before a film begins to come."""
+    code = "import time, torch; a = time.perf_counter(); import sample; b = time.perf_counter()"
+    words, root = [sys.executable, "-c", f"{code}; print(b - a)"], Path(sample.__file__).parent
+    import_s = float(subprocess.check_output(words, cwd=root, text=True))
+    began = clock(device)
+    model, codecs = load(checkpoint, device, make_codecs)
+    loaded = clock(device)
+    next(stream_film(model, codecs, seconds=10, transcript=TEXT))
+    first_chunk_ms = 1000 * (clock(device) - loaded)
+    return {"import_s": import_s, "load_s": loaded - began, "first_chunk_ms": first_chunk_ms}
 
-    chunks = round(seconds / cfg.chunk_seconds)
-    more = min(chunks, 100)
-    film = films_of(model, codecs, chunks + more + 1, **settings)
-    state, laps = (None, None), [clock(device)]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        closing(FilmWriter(Path(folder, "film.mp4"), cfg)) as writer,
-    ):
-        for _ in range(chunks):
-            latents = next(film)
+
+@torch.inference_mode()
+def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps, seconds) -> dict:
+    """Stream a film and write its .mp4; then go on beside a new one."""
+    model, codecs = load(checkpoint, device, make_codecs)
+    cfg = model.cfg
+
+    def new_film():
+        options = {"mode": mode, "steps": steps, "transcript": TEXT}
+        return stream_film(model, codecs, seconds=86400, **options)
+
+    list(islice(new_film(), 3))  # to warm up
+    chunks = max(1, round(seconds / cfg.chunk_seconds))
+    film, began = new_film(), clock(device)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = FilmWriter(Path(folder, "film.mp4"), cfg)
+        laps = [clock(device)]
+        for index in range(chunks):
+            part = next(film)
             laps.append(clock(device))
-            frames, samples, state = decode(cfg, codecs, latents, state)
+            writer.add(*part)
             laps.append(clock(device))
-            writer.add(frames[0].cpu().numpy(), samples[0].cpu().numpy())
-            laps.append(clock(device))
+            if index == chunks // 10:
+                early_memory = memory(device, peak=False)
         writer.finish()
-    end_to_end = clock(device) - laps[0]
-    new_film, turns = films_of(model, codecs, more, **settings | {"cache": True}), [clock(device)]
-    for _ in range(more):
-        for some in (film, new_film):
-            next(some)
-            turns.append(clock(device))
-    memory = peak_memory(device)
-    products = matrix_products(lambda: next(film))
-    model_s, codec_s, _ = np.diff(laps).reshape(-1, 3).T
+        writer.close()
+    end_to_end, growth = clock(device) - began, memory(device, peak=False) - early_memory
+
+    films, turns = [film, new_film()], [clock(device)]
+    for each in films * min(chunks, 100):
+        next(each)
+        turns.append(clock(device))
+    peak, products = memory(device, peak=True), matrix_products(lambda: next(film))
     last_s, new_s = np.median(np.diff(turns).reshape(-1, 2), 0)
-    chunk_s, num_frames = np.median(model_s), settings["batch"] * chunks * cfg.chunk_frames
+
+    video, audio = mf.split(cfg, torch.randn(1, cfg.chunk, cfg.latent_values, device=device))
+
+    def decode():
+        codecs.video.decode_next(video)
+        codecs.audio.decode_next(audio)
+        clock(device)
+
+    decode_s, chunk_s = min(timeit.repeat(decode, number=1, repeat=9)), np.diff(laps)[::2]
     return {
-        "first_chunk_ms": 1000 * (laps[2] - laps[0]),
-        "chunk_ms_median": 1000 * chunk_s,
-        "chunk_ms_p95": 1000 * np.quantile(model_s, 0.95),
-        "chunk_ms_last": 1000 * last_s,
-        "chunk_ms_new": 1000 * new_s,
-        "fps_model": num_frames / model_s.sum(),
-        "fps_codec": num_frames / codec_s.sum(),
-        "fps_end_to_end": num_frames / end_to_end,
-        "real_time_factor": num_frames / end_to_end / cfg.fps,
-        "peak_memory_mb": memory,
-        "limit_share": seconds_alone(products, device) / chunk_s,
+        "first_chunk_ms": 1000 * chunk_s[0],
+        "chunk_ms_median": 1000 * np.median(chunk_s),
+        "chunk_ms_p95": 1000 * np.quantile(chunk_s, 0.95),
+        "decode_ms": 1000 * decode_s,
+        "last_to_new": last_s / new_s,
+        "real_time": chunks * cfg.chunk_seconds / end_to_end,
+        "peak_memory_mb": peak,
+        "memory_growth_mb": growth,
+        "limit_share": seconds_alone(products, device) / (np.median(chunk_s) - decode_s),
     }
 
 
-def film_row(checkpoint: Path, device: torch.device, make_codecs, job: dict) -> dict:
-    """A row of FILMS; pictures of another size than the checkpoint's come from random weights."""
-    model = load_talker(checkpoint)
-    row = {"what": "film", "size": model.cfg.image, "window": model.cfg.window} | FILM | job
-    if row["size"] != model.cfg.image:
-        model = mf.AudioVideoTransformer(replace(model.cfg, image=row["size"]))
-    model.cfg = replace(model.cfg, window=row["window"])  # no weight depends on it
-    model = model.to(device, mf.native_precision(device))
-    codecs = make_codecs(model.cfg, device)
-    return row | time_films(model, codecs, **{name: row[name] for name in FILM})
-
-
-def training_row(checkpoint: Path, device: torch.device, make_codecs, job: dict) -> dict:
-    """A row of STEPS: one training step of a stage, from the checkpoint's weights."""
+def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, batch, seconds):
+    """The parts of train.train_step(), from the checkpoint's weights."""
     args = train.build_parser().parse_args([])
     args.device, args.weights, args.extra = device, mf.WEIGHTS, None
     args.real, args.real_is_whole = None, False
-    is_bf16 = mf.native_precision(device) == torch.bfloat16
+    is_bf16 = runs.native_precision(device) == torch.bfloat16
     args.precision = "bf16" if is_bf16 else "fp32"
-    state = train.State(load_talker(checkpoint), job["stage"], args)
-    codecs = make_codecs(state.cfg, device)
-    batches = Batches(state.cfg, talk, [0], [job["seconds"]], job["batch"], 1)
-    films = (batches[turn] for turn in itertools.count())
+    state = train.State(*sample.load_talker(checkpoint, make_codecs), stage, args)
+    batches = Batches(state.cfg, talk, state.seed, [seconds], batch, 1)
 
-    def step():
-        train.train_step(state, films, codecs, args)
+    def loss_of(x, controls):
+        with train.autocast(args):
+            return sum(train.losses_of(state, x, controls, args)[0].values())
 
-    step()  # to warm up
-    seconds = min(timeit.repeat(step, number=1, repeat=3))
-    row = {"what": "training step"} | job
-    row |= {"step_seconds": seconds, "peak_memory_mb": peak_memory(device)}
-    return row | {"limit_share": seconds_alone(matrix_products(step), device) / seconds}
+    laps = [clock(device)]
+    for turn in range(4):  # the first warms up
+        films, chance = batches[turn]
+        laps.append(clock(device))
+        with train.autocast(args):
+            given = film_batch(state.model, state.codecs, films, chance, train.NO_TRANSCRIPT)
+        laps.append(clock(device))
+        loss = loss_of(*given)
+        laps.append(clock(device))
+        loss.backward()
+        laps.append(clock(device))
+        train.update(state, args)
+        laps.append(clock(device))
+    peak, spent = memory(device, peak=True), np.diff(laps).reshape(4, -1)
+    parts = 1000 * np.median(spent[1:], 0)
+    names = ("draw_ms", "encode_ms", "forward_ms", "backward_ms", "optimizer_ms")
+    row = dict(zip(names, parts)) | {"step_ms": parts.sum(), "peak_memory_mb": peak}
+    limit_ms = 1000 * seconds_alone(matrix_products(lambda: loss_of(*given).backward()), device)
+    return row | {"limit_share": limit_ms / parts[2:4].sum()}
 
 
-def benchmark(checkpoint: Path, device: torch.device, make_codecs, jobs, *, together=False) -> dict:
-    """The machine, and a row for each job, measured in a process of its own, or together in one."""
-    rows, threads = [], torch.get_num_threads()
-    spawn = multiprocessing.get_context("spawn")
-    limit = {"max_tasks_per_child": len(jobs) if together else 1}
-    with ProcessPoolExecutor(1, spawn, torch.set_num_threads, (threads,), **limit) as pool:
-        for job in tqdm(jobs, disable=None):
-            measure = training_row if "stage" in job else film_row
-            rows.append(pool.submit(measure, checkpoint, device, make_codecs, job).result())
+MEASURES = {"start-up": start_up_row, "film": film_row, "training step": training_row}
+
+
+def jobs_of(longest: float) -> list[tuple]:
+    """The rows to measure: (name in MEASURES, settings); films of so many seconds at most."""
+    films = (("few", 4, 60), ("few", 4, 600), ("few", 8, 10), ("multi", 50, 10))
+    jobs = [("start-up", {})]
+    for mode, steps, seconds in films:
+        jobs.append(("film", {"mode": mode, "steps": steps, "seconds": min(seconds, longest)}))
+    for stage in ("joint", "mutual"):
+        jobs.append(("training step", {"stage": stage, "batch": 8, "seconds": 1.5}))
+    return jobs
+
+
+def benchmark(checkpoint: Path, device: torch.device, make_codecs, jobs: list[tuple]) -> dict:
+    """The machine, and a row for each job, measured in a process of its own."""
+    rows, given = [], (checkpoint, device, make_codecs)
+    options = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    options |= {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with ProcessPoolExecutor(1, **options) as pool:
+        for what, settings in tqdm(jobs, disable=None):
+            figures = pool.submit(MEASURES[what], *given, **settings).result()
+            rows.append({"what": what} | settings | figures)
             print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     return {"machine": machine(device), "rows": rows}
 
@@ -251,34 +253,31 @@ def build_parser() -> argparse.ArgumentParser:
     about = "Measure the speed of films and of training steps, beside the machine's limit."
     parser = argparse.ArgumentParser("lab.benchmark", description=about)
     add = parser.add_argument
-    add("--checkpoint", type=Path, default=SHIPPED, help="default: the shipped one")
+    add("--checkpoint", type=Path, default=sample.SHIPPED, help="default: the shipped one")
+    add("--seconds", type=float, default=600.0, help="length of films, at most; default 600")
     add("--device", help="default: cuda, else mps, else cpu")
-    add("--quick", action="store_true", help="three small rows, in one process")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
+
+
+def run(args, make_codecs) -> None:
+    """Measure and print. Raises UserError and OSError."""
+    device, jobs = runs.find_device(args.device), jobs_of(args.seconds)
+    result = benchmark(args.checkpoint, device, make_codecs, jobs)
+    if args.json:
+        print(json.dumps(result))
+        return
+    print(result["machine"])
+    for _, rows in groupby(result["rows"], lambda row: row["what"]):
+        rows = [{name.replace("_", " "): x for name, x in row.items()} for row in rows]
+        print("\n" + markdown(rows))
+    print(LEGEND)
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:
     """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
     args = build_parser().parse_args(argv)
-    try:
-        device = mf.find_device(args.device)
-        jobs = QUICK if args.quick else FILMS + STEPS
-        result = benchmark(args.checkpoint, device, make_codecs, jobs, together=args.quick)
-    except (mf.UserError, OSError) as error:
-        print(f"lab.benchmark: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps(result))
-        return 0
-    print(result["machine"])
-    for what in ("film", "training step"):
-        print("\n" + markdown([row for row in result["rows"] if row["what"] == what]))
-    print(LEGEND)
-    return 0
+    return runs.exit_code("lab.benchmark", lambda: run(args, make_codecs))
 
 
 if __name__ == "__main__":

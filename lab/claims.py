@@ -18,22 +18,26 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from torch.nn.modules.module import register_module_forward_pre_hook
 from tqdm import tqdm
 
 import mutual_forcing as mf
 import train
+from data import runs
 from data.batches import Batches, film_batch
+from data.checkpoint import load_checkpoint, replace_file
 from data.codecs import make_codecs
+from data.controls import stream_film
 from data.talker import talk
-from lab.evaluate import FIGURES, evaluate, markdown, windows_of
+from lab.evaluate import evaluate, markdown
+from lab.ruler import FIGURES, windows_of
 from mutual_forcing import UserError
+from sample import load_talker
 
 
 class Arm(NamedTuple):
     """A way of training, and its scores."""
 
-    options: str  # of train.py; {init}: --init, {cfg}: its sizes, {needs}: the arm that it needs
+    options: str  # of train.py; {init}: --init, {codec}: codec.pt beside it, {needs}: see below
     scores: list  # see SCORE
     seeds: int = 3  # at most so many
     needs: str | None = None  # an arm that is trained before, with the same seed
@@ -49,10 +53,9 @@ STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
 STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 "
 REAL = STAGE_3 + "--history real "
 SELF_FORCING = STAGE_3 + "--flow 0 --shortcut 0 --dmd 1 --teacher {needs} "
-VIDEO, AUDIO, JOINT = (train.STAGES[stage].steps for stage in ("video", "audio", "joint"))
-# At equal compute (measured: a step of video takes 0.6 of the time of a joint step, of audio 0.3).
-ONE_STAGE = f"--stage joint --steps {JOINT + round(0.6 * VIDEO + 0.3 * AUDIO)} "
-ONE_STAGE += "--config width={cfg.width} layers={cfg.layers} heads={cfg.heads} window={cfg.window} "
+# Without stage 1, at equal compute: its steps cost as much as those of stage 2.
+BOTH = train.STAGES["unimodal"].steps + train.STAGES["joint"].steps
+ONE_STAGE = f"--stage joint --init {{codec}} --steps {BOTH} "
 ARMS = {
     "two-stages": Arm("", FAST + MULTI, 1),  # --init itself
     "one-stage": Arm(ONE_STAGE, FAST + MULTI, 1),
@@ -78,10 +81,9 @@ BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the M
 def checksums(init: Path) -> dict:
     """Of what all results rest on: --init, and the code of the method and of the scores."""
     root, code = Path(__file__).parents[1], hashlib.sha256()
-    files = [
-        root / name for name in ("mutual_forcing.py", "train.py", "lab/evaluate.py", "lab/ruler.py")
-    ]
-    for path in files + sorted((root / "data").glob("*.py")):
+    files = [root / "mutual_forcing.py", root / "train.py", *sorted((root / "data").glob("*.py"))]
+    files += [root / "lab" / name for name in ("evaluate.py", "ruler.py", "looks.py")]
+    for path in files:
         code.update(path.name.encode() + path.read_bytes())
     return {"init": hashlib.sha256(init.read_bytes()).hexdigest(), "code": code.hexdigest()}
 
@@ -107,10 +109,11 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     parsed = train.build_parser().parse_args(options.split())
     checkpoint = folder / f"{parsed.stage}.pt"
     steps = train.plan_of(parsed, parsed.stage).steps
-    if checkpoint.exists() and mf.load_checkpoint(checkpoint)[1]["step"] >= steps:
+    if checkpoint.exists() and load_checkpoint(checkpoint, make_codecs)[2]["step"] >= steps:
         return checkpoint
     needs = ARMS[name].needs and train_arm(ARMS[name].needs, seed, args, make_codecs)
-    words = [word.format(init=args.init, cfg=args.cfg, needs=needs) for word in options.split()]
+    paths = {"init": args.init, "codec": args.init.with_name("codec.pt"), "needs": needs}
+    words = [word.format(**paths) for word in options.split()]
     words += ["--seed", str(seed), "--out", str(folder), "--device", str(args.device)]
     words.append("--resume" if (folder / "resume.pt").exists() else "--overwrite")
     code = train.main(words, make_codecs)
@@ -130,21 +133,20 @@ def likeness(model, codecs) -> list[float]:
     x, controls = film_batch(model, codecs, films, chance, 0.5)
     t, stop = mf.time_grid(cfg, 4).to(x)[1:3]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-    x_t = mf.add_noise(cfg, x, noise, t)
+    x_t = mf.add_noise(x, noise, t)
+
+    def compare(out, inputs):
+        few, multi = inputs[0][:, :, -x.shape[1] :].chunk(2, 1)  # each (2, B, S, N, D)
+        cosines.append(torch.cosine_similarity(few, multi, -1).mean().item())
+
+    hooks = [block.out.register_forward_pre_hook(compare) for block in model.blocks]
     # One batch for both modes: the few-step mode's half, then the multi-step mode's.
     d = torch.cat([stop - t, 0 * t]).repeat_interleave(len(x), 0)
-    controls = controls.map(lambda c: torch.cat([c, c]))
-    outs = [side.out for side in (*model.video.sides, *model.audio.sides)]
-
-    def compare(module, inputs):
-        if module in outs:
-            few, multi = inputs[0].chunk(2)
-            cosines.append(torch.cosine_similarity(few, multi, -1).mean().item())
-
-    with register_module_forward_pre_hook(compare):
-        model(x_t.repeat(2, 1, 1), t, d, controls, x.repeat(2, 1, 1))
-    # Of each layer: the first frame, the history's video and audio, the noised video and audio.
-    return [round((cosines[i + 3] + cosines[i + 4]) / 2, 4) for i in range(0, len(cosines), 5)]
+    controls = mf.Controls(*[torch.cat([control, control]) for control in controls])
+    model(x_t.repeat(2, 1, 1), t, d, controls, x.repeat(2, 1, 1))
+    for hook in hooks:
+        hook.remove()
+    return [round(cosine, 4) for cosine in cosines]
 
 
 def draw_strip(model, codecs, name: str, seconds: float) -> bytes:
@@ -152,7 +154,7 @@ def draw_strip(model, codecs, name: str, seconds: float) -> bytes:
     cfg, shots = model.cfg, []
     for character in cfg.characters[:3]:
         words = {"transcript": "the quick brown fox jumps " * 6, "character": character}
-        film = mf.stream(model, codecs, seconds=seconds + 0.5, **words)
+        film = stream_film(model, codecs, seconds=seconds + 0.5, **words)
         frames = np.concatenate([frames for frames, _ in film])
         shots += [frames[2 * cfg.fps], frames[int(seconds * cfg.fps)]]
     strip = np.concatenate(shots, 1).repeat(2, 0).repeat(2, 1)
@@ -176,17 +178,18 @@ def jobs_of(args) -> list[dict]:
 def score_arm(job: dict, args, results: dict, make_codecs) -> None:
     """Train an arm, if need be, and enter one of its scores in the results."""
     name, seed = job["arm"], str(job["seed"])
-    model = mf.load_checkpoint(train_arm(name, job["seed"], args, make_codecs))[0].to(args.device)
-    codecs = make_codecs(model.cfg, args.device)
+    checkpoint = train_arm(name, job["seed"], args, make_codecs)
+    model, codecs = load_talker(checkpoint, make_codecs)
+    model, codecs = model.to(args.device), codecs.to(args.device)
     arm = results["arms"].setdefault(name, {"options": options_of(name, args), "alike": {}})
     if seed not in arm["alike"]:
         arm["alike"][seed] = likeness(model, codecs)
         if seed == "0":
             strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
-            mf.replace_file(args.out / f"{name}.png", strip)
+            replace_file(args.out / f"{name}.png", strip)
     films = {"seconds": job["seconds"], "talkers": job["talkers"]}
-    how = {"settings": {job["mode"]: job["steps"]}, "guidance": job["guidance"]}
-    for row in evaluate({name: model}, codecs, **how, **films)["rows"]:
+    how = {"settings": [(job["mode"], job["steps"])], "guidance": job["guidance"]}
+    for row in evaluate({name: (model, codecs)}, **how, **films)["rows"]:
         key = {"arm": row.pop("checkpoint"), "seed": job["seed"] if row["mode"] else None} | films
         key |= {name: row[name] for name in ("mode", "steps", "guidance", "control")}
         if not holds(results, key):  # ground truth comes with every score
@@ -229,8 +232,8 @@ def store(results: dict, path: Path) -> None:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise UserError(f"{page}: its tables go between {BEGIN} and {END}, which it lacks")
-    mf.replace_file(path, json.dumps(results, indent=0).encode())
-    mf.replace_file(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{after}".encode())
+    replace_file(path, json.dumps(results, indent=0).encode())
+    replace_file(page, f"{before}{BEGIN}\n{tables(results)}\n{END}{after}".encode())
 
 
 def mean(values) -> str:
@@ -250,7 +253,7 @@ def table(rows: list[dict]) -> str:
         for name in FIGURES:
             if rows[0][name][0] is not None:  # else it does not apply to these films
                 by_window = zip(*[row[name] for row in seeds])
-                line[name] = " / ".join([mean(values) for values in by_window])
+                line[name.replace("_", " ")] = " / ".join([mean(values) for values in by_window])
         lines.append(line)
     return markdown(lines)
 
@@ -303,13 +306,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args, make_codecs) -> None:
-    """Train and score what is missing; draw the picture of the arms. Raises UserError, OSError."""
+    """Train and score what is missing, which goes on after an interruption; draw the arms.
+
+    Raises UserError, OSError.
+    """
+    if args.tables:
+        print(tables(load_results(args.results)))
+        return
     if not args.init or args.seeds < 1 or args.talkers < 2 or args.seconds < 5:
         raise UserError("needs --init; --seeds from 1, --talkers from 2, --seconds from 5")
-    args.device, args.checksums = mf.find_device(args.device), checksums(args.init)
+    args.device, args.checksums = runs.find_device(args.device), checksums(args.init)
     args.init, args.out = args.init.resolve(), args.out.resolve()
-    model, extra = mf.load_checkpoint(args.init)
-    args.cfg = model.cfg
+    _, _, extra = load_checkpoint(args.init, make_codecs)
     if extra.get("stage") != "joint" or extra.get("whole"):
         raise UserError(f"{args.init}: not the end of stage 2")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -323,24 +331,13 @@ def run(args, make_codecs) -> None:
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
         picture = iio.imwrite("<bytes>", np.concatenate(pictures), extension=".png")
-        mf.replace_file(args.out / "arms.png", picture)
+        replace_file(args.out / "arms.png", picture)
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:
     """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
     args = build_parser().parse_args(argv)
-    try:
-        if args.tables:
-            print(tables(load_results(args.results)))
-        else:
-            run(args, make_codecs)
-        return 0
-    except (UserError, OSError) as error:
-        print(f"lab.claims: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return runs.exit_code("lab.claims", lambda: run(args, make_codecs))
 
 
 if __name__ == "__main__":

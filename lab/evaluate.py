@@ -15,12 +15,22 @@ import torch
 from tqdm import tqdm
 
 import mutual_forcing as mf
+from data import runs
 from data.batches import frames_of
+from data.checkpoint import same_format
 from data.clips import drawer, load_clips
-from data.codecs import Film, encode_films, make_codecs, stack
+from data.codecs import Codecs, Film, encode_films, make_codecs, stack
 from data.talker import talk
-from lab.ruler import FIGURES, OF_CLIPS, WINDOWS, Ruler, score, windows_of
-from mutual_forcing import Codecs, Config, UserError
+from lab.ruler import (
+    DEFAULT_FIGURES,
+    FIGURES,
+    OF_CLIPS,
+    WINDOWS,
+    Ruler,
+    score,
+    windows_of,
+)
+from mutual_forcing import Config, UserError
 from sample import load_talker
 
 HELD_OUT = 2**40  # first word of the seeds that training never draws
@@ -43,16 +53,14 @@ def to_films(films: list[Film], cfg: Config) -> Film:
 def controls_of(model, codecs: Codecs, films: list[Film]) -> mf.Controls:
     """What films are made from, on the model's device. Only the first latent frame is encoded."""
     cfg, whole = model.cfg, stack(films)
-    samples = whole.samples[:, : cfg.step_sounds * cfg.hop]
+    samples = whole.samples[:, : cfg.tokens * cfg.hop]
     start = whole._replace(frames=whole.frames[:, : cfg.step_frames], samples=samples)
     _, controls = encode_films(cfg, codecs, Film(*[part.to(model.device) for part in start]))
     return controls
 
 
 @torch.inference_mode()
-def remake(
-    model, codecs, films, *, few, steps, guidance, with_transcript, window=None, seed=0
-) -> Film:
+def remake(model, codecs, films, *, few, steps, guidance, with_transcript, seed=0) -> Film:
     """Films as a model makes them from their controls; every second one gets its first frame."""
     cfg, frames, samples = model.cfg, [], []
     chunks = len(films[0].frames) // cfg.chunk_frames
@@ -65,9 +73,9 @@ def remake(
         if not with_transcript:
             controls = controls._replace(symbols=torch.full_like(controls.symbols, cfg.unknown))
         noise = torch.Generator().manual_seed(seed + start)
-        options = {"few": few, "guidance": guidance, "window": window, "generator": noise}
+        options = {"few": few, "guidance": guidance, "generator": noise}
         pictures, sounds, state = [], [], None
-        for states in mf.generate(model, controls, chunks, mf.time_grid(cfg, steps), **options):
+        for states in mf.generate(model, controls.chunks(cfg), mf.time_grid(cfg, steps), **options):
             video, audio = mf.split(cfg, states[-1])
             picture, state = codecs.video.decode_next(video, state)
             pictures.append(picture.cpu())
@@ -82,26 +90,25 @@ def remake(
 
 def evaluate(
     models: dict,
-    codecs,
     *,
     talkers=32,
     seconds=25.0,
-    settings=mf.DEFAULT_STEPS,
+    settings=None,
     guidance=1.0,
-    window=None,
     seed=0,
     clips=None,
 ) -> dict:
-    """Score models (name -> model), with and without transcript, as {"windows", "rows"}.
+    """Score models (name -> (model, codecs)), with and without transcript, as {"windows", "rows"}.
 
-    settings: mode -> evaluations a chunk. clips: a list of Films, instead of talkers.
+    settings: pairs of a mode and its denoising steps, by default those of both modes. clips: a list of Films, instead of talkers.
     Rows are also printed on stderr as they come. Raises UserError.
     """
-    cfg = next(iter(models.values())).cfg
-    for name, model in models.items():
-        if not cfg.same_format(model.cfg):
+    cfg = next(iter(models.values()))[0].cfg
+    for name, (model, _) in models.items():
+        if not same_format(cfg, model.cfg):
             raise UserError(f"{name}: makes films of another format than the first checkpoint")
     ruler, draw, rows = Ruler(cfg), drawer(clips, "joint"), []
+    settings = list(mf.DEFAULT_STEPS.items()) if settings is None else settings
     originals = held_out(cfg, talkers, seconds, 0, draw)
     truth = to_films(originals, cfg)
     reference = to_films(held_out(cfg, talkers, seconds, 1, draw), cfg)
@@ -118,18 +125,31 @@ def evaluate(
         row = {"checkpoint": checkpoint, "mode": mode, "steps": steps}
         row |= {"guidance": guidance if mode else None, "control": control} | figures
         rows.append(row)
-        print(markdown(rows).splitlines()[-1], file=sys.stderr, flush=True)
+        shown = [f"{name} {row[name][-1]}" for name in DEFAULT_FIGURES]
+        print(f"{control}, {checkpoint}: {', '.join(shown)}", file=sys.stderr, flush=True)
 
     for control in ("spoken", "babbling"):
         add(truth, control, "ground truth")
         add(truth._replace(samples=np.roll(truth.samples, 1, 0)), control, "shuffled sound")
-        options = {"guidance": guidance, "window": window, "seed": seed}
+        options = {"guidance": guidance, "seed": seed}
         options["with_transcript"] = control == "spoken"
-        for name, model in models.items():
-            for mode, steps in settings.items():
+        for name, (model, codecs) in models.items():
+            for mode, steps in settings:
                 films = remake(model, codecs, originals, few=mode == "few", steps=steps, **options)
                 add(films, control, name, mode, steps)
     return {"windows": windows, "rows": rows}
+
+
+def by_figure(rows: list[dict], figures, windows=slice(None)) -> list[dict]:
+    """Rows of evaluate() -> a line for each figure, with a column for each row."""
+    lines = []
+    for name in figures:
+        line = {"figure": name.replace("_", " ")}
+        for row in rows:
+            how = f", {row['mode']} {row['steps']}" if row["mode"] else ""
+            line[row["checkpoint"] + how] = row[name][windows]
+        lines.append(line | {"what it is": FIGURES[name]})
+    return lines
 
 
 def markdown(rows: list[dict]) -> str:
@@ -142,7 +162,7 @@ def markdown(rows: list[dict]) -> str:
             return f"{value:.3g}"
         return "-" if value is None else str(value)
 
-    lines = [[name.replace("_", " ") for name in rows[0]], ["---"] * len(rows[0])]
+    lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
         lines.append([cell(row.get(name)) for name in rows[0]])
     return "\n".join(["| " + " | ".join(line) + " |" for line in lines])
@@ -154,16 +174,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("checkpoints", type=Path, nargs="+", metavar="CKPT", help="models of one format")
     add("--mode", choices=mf.DEFAULT_STEPS, help="default: both")
-    add("--steps", type=int, help="evaluations a chunk; default: 4 in mode few, 50 in mode multi")
+    add("--steps", type=int, nargs="+", help="one or several; default: few 4, multi 50")
     add("--guidance", type=float, default=1.0, help="other than 1 (default): twice the evaluations")
-    add("--window", type=int, help="chunks of history; default: as many as in training")
     add("--talkers", type=int, default=32, help="films to score; default %(default)s")
     add("--seconds", type=float, default=25.0, help="length of a film; default %(default)s")
     add("--seed", type=int, default=0, help="of the models' noise; default %(default)s")
     add("--data", type=Path, metavar="FOLDER", help="score against these clips, not talkers")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--json", action="store_true", help="print one JSON object instead of a table")
-    add("--all", action="store_true", help="show all windows in the table, not only the last")
+    add("--all", action="store_true", help="show all figures, of all windows, not only the last")
     return parser
 
 
@@ -173,48 +192,41 @@ def run(args, make_codecs) -> dict:
         raise UserError("--talkers must be at least 2")
     if not WINDOWS[0][1] <= args.seconds <= 86400:
         raise UserError(f"--seconds must be between {WINDOWS[0][1]} and 86400")
-    device = mf.find_device(args.device)
-    models = {str(path): load_talker(path).to(device) for path in args.checkpoints}
-    cfg = next(iter(models.values())).cfg
-    settings = dict(mf.DEFAULT_STEPS)
-    if args.mode:
-        settings = {args.mode: settings[args.mode]}
-    if args.steps is not None:
-        settings[args.mode or "few"] = args.steps
+    device = runs.find_device(args.device)
+    models = {}
+    for path in args.checkpoints:
+        model, codecs = load_talker(path, make_codecs)
+        models[str(path)] = model.to(device), codecs.to(device)
+    cfg = next(iter(models.values()))[0].cfg
+    settings = []
+    for mode in [args.mode] if args.mode else mf.DEFAULT_STEPS:
+        settings += [(mode, steps) for steps in args.steps or [mf.DEFAULT_STEPS[mode]]]
     clips = None
     if args.data:
         with tempfile.TemporaryDirectory() as cache:
             clips = load_clips(args.data, cfg, frames_of(cfg, args.seconds), Path(cache))
-    names = ("talkers", "seconds", "guidance", "window", "seed")
+    names = ("talkers", "seconds", "guidance", "seed")
     options = {name: getattr(args, name) for name in names}
-    codecs = make_codecs(cfg, device)
-    return evaluate(models, codecs, settings=settings, clips=clips, **options)
+    return evaluate(models, settings=settings, clips=clips, **options)
+
+
+def show(result: dict, args) -> None:
+    """Print what evaluate() returned: JSON, or a table and what its figures mean."""
+    if args.json:
+        print(json.dumps(result))
+        return
+    figures, kept = (FIGURES, slice(None)) if args.all else (DEFAULT_FIGURES, slice(-1, None))
+    windows = " / ".join([f"{begin}-{end}" for begin, end in result["windows"][kept]])
+    for control in ("spoken", "babbling"):
+        rows = [row for row in result["rows"] if row["control"] == control]
+        print(f"\n### {control.capitalize()}, seconds {windows}\n")
+        print(markdown(by_figure(rows, figures, kept)))
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:
     """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
     args = build_parser().parse_args(argv)
-    try:
-        result = run(args, make_codecs)
-    except (UserError, OSError) as error:
-        print(f"lab.evaluate: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    if args.json:
-        print(json.dumps(result))
-        return 0
-    windows = result["windows"]
-    if not args.all:
-        windows = windows[-1:]
-        for row in result["rows"]:
-            row |= {name: row[name][-1] for name in FIGURES}
-    print("Seconds " + " / ".join([f"{begin}-{end}" for begin, end in windows]) + "\n")
-    print(markdown(result["rows"]) + "\n")
-    for name, meaning in FIGURES.items():
-        print(f"- {name.replace('_', ' ')}: {meaning}")
-    return 0
+    return runs.exit_code("lab.evaluate", lambda: show(run(args, make_codecs), args))
 
 
 if __name__ == "__main__":

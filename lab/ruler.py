@@ -9,8 +9,18 @@ from typing import NamedTuple
 import numpy as np
 
 from data.codecs import Film
+from data.controls import ALPHABET
 from data.talker import LETTER_TABLE, draw_identity, mouth_of, pitch_of, voice
-from mutual_forcing import ALPHABET, Config, UserError
+from lab.looks import (
+    Look,
+    MouthReader,
+    Stills,
+    look_at,
+    stills_of,
+    stripes_of,
+    to_units,
+)
+from mutual_forcing import Config, UserError
 
 FIGURES = {
     "transcript_error": "share of the transcript's letters that are misread from the sound",
@@ -25,9 +35,41 @@ FIGURES = {
     "letter_spread": "effective number of different letters heard",
     "frechet_video": "distance of colours, contrast, edges and motion from other talkers' films",
     "frechet_audio": "distance of the loudness of 15 bands of frequency from other talkers' films",
+    "palette": "distance of the five colours of films from those of other films, in grey levels",
+    "iris": "chroma of the irises: largest minus smallest of red, green and blue, in grey levels",
+    "iris_difference": "mean difference of the left iris' colour from the right's, in grey levels",
+    "saturation": "saturation of the background's colour (0 to 1)",
+    "stripes": "contrast of the stripes of the clothes in percent of their mean brightness",
+    "mouth_letters": "share of frames whose mouth is read as the letter said (heard, if babbling)",
+    "lopsided": "share of frames whose mouth or chin differs from its mirror image",
+    "lips_follow": "by how much the closed mouth moves when the head moves by 1",
+    "flicker": "mean change of the background from one frame to the next, in grey levels",
+    "grain": "standard deviation of the background around an even gradient, in grey levels",
 }
+DEFAULT_FIGURES = (  # those that say most; the others are shown with --all
+    "transcript_error",
+    "lip",
+    "sync",
+    "sync_lag_ms",
+    "identity_drift",
+    "loudness_db",
+    "letter_margin",
+    "letter_spread",
+    "palette",
+    "iris",
+    "iris_difference",
+    "saturation",
+    "stripes",
+    "mouth_letters",
+    "lopsided",
+    "lips_follow",
+    "flicker",
+    "grain",
+)
 OF_CLIPS = ["identity_drift", "motion", "loudness_db", "frechet_video", "frechet_audio"]
 WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds
+LOPSIDED = 4.0  # grey levels of difference from the mirror image; talkers have less than 3
+CLOSED = 0.5  # a mouth whose dark inside is less high, in units, is closed
 
 
 class Features(NamedTuple):
@@ -40,6 +82,8 @@ class Features(NamedTuple):
     colours: np.ndarray  # (n, seconds, 13)
     video: np.ndarray  # (n, half seconds, k), for the Frechet distance
     audio: np.ndarray  # (n, half seconds, 30), likewise
+    looks: Look  # each of its arrays (n, F, ...); mouths: the groups of letters that are read
+    stills: Stills  # each of its arrays (n, ...)
 
 
 class Ruler:
@@ -62,6 +106,7 @@ class Ruler:
         self.pitches = np.stack(pitches)  # (templates,)
         self.templates = self.shape(np.stack(energies))  # (templates, bands)
         self.quiet = 0.3 * min(energy.sum() for energy in energies)  # less energy is silence
+        self.mouth_reader = MouthReader(Config(image=cfg.image))
 
     def energies(self, samples: np.ndarray) -> np.ndarray:
         """Samples (..., H hop) -> energies of bands of 128 Hz around the H - 1 borders of hops."""
@@ -118,7 +163,7 @@ class Ruler:
 
     def video_features(self, frames: np.ndarray) -> np.ndarray:
         """Frames (n, F, h, w, 3) -> colour, contrast, edges and motion (n, half seconds, k)."""
-        n, half, patch = len(frames), self.cfg.fps // 2, self.cfg.patch
+        n, half, patch = len(frames), self.cfg.fps // 2, 16 * self.cfg.image // 64
         whole = frames[:, : frames.shape[1] // half * half]
         x = whole.reshape(-1, half, *frames.shape[2:]) / np.float32(255)
         grey = x.mean(-1)  # (half seconds, frames, h, w)
@@ -142,12 +187,33 @@ class Ruler:
         """Stacked films -> all that can be read from them."""
         frames = films.frames
         energy = self.energies(films.samples)[:, ::2]  # two hops a frame: around its middle
-        mouths, colours, video = (
-            self.mouths(frames),
-            self.colours(frames),
-            self.video_features(frames),
+        letters, pitches, margins = self.hear(energy)
+        return Features(
+            mouths=self.mouths(frames),
+            letters=letters,
+            pitches=pitches,
+            margins=margins,
+            colours=self.colours(frames),
+            video=self.video_features(frames),
+            audio=self.audio_features(energy),
+            looks=self.looks(frames),
+            stills=Stills(*stacked([stills_of(to_units(film), self.cfg.fps) for film in frames])),
         )
-        return Features(mouths, *self.hear(energy), colours, video, self.audio_features(energy))
+
+    def looks(self, frames: np.ndarray) -> Look:
+        """Frames (n, F, h, w, 3) -> what is read of every face; mouths as groups of letters."""
+        films = []
+        for film in frames:
+            parts = []
+            for part in look_at(to_units(film)):
+                parts.append(part._replace(mouths=self.mouth_reader.read(part.mouths)))
+            films.append([np.concatenate(arrays) for arrays in zip(*parts)])
+        return Look(*stacked(films))
+
+
+def stacked(rows: list) -> list[np.ndarray]:
+    """Rows of k arrays -> k arrays with a first axis for the rows."""
+    return [np.stack(arrays) for arrays in zip(*rows)]
 
 
 def frechet(a: np.ndarray, b: np.ndarray, spread: np.ndarray) -> float:
@@ -169,7 +235,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def lag_ms(picture: np.ndarray, sound: np.ndarray, fps: int) -> float:
     """By how many ms the sound's curve (n, F) comes after the picture's; see FIGURES.
 
-    A parabola through the best correlation and its neighbours gives the fraction of a frame.
+    A parabola through the best correlation and its neighbours gives the fraction of a
+    frame.
     """
     frames, reach, scores = picture.shape[1], 5, []
     for lag in range(-reach, reach + 1):
@@ -230,6 +297,72 @@ def speech_figures(ruler: Ruler, films: Film, features: Features, begin: int, en
     return figures
 
 
+def palettes(features: Features, begin: int, end: int, fps: int) -> np.ndarray:
+    """Mean colours of each film from second begin to end (n, 5, 3); an iris never seen is black.
+
+    The background's, that of clothes, of skin, of hair and of irises.
+    """
+    boxes = features.colours[:, begin:end, :12].mean(1).reshape(-1, 4, 3)
+    irises = eye_colours(features, begin * fps, end * fps).mean(1, keepdims=True)
+    return np.concatenate([boxes, np.nan_to_num(irises)], 1)
+
+
+def palette_distance(films: Features, others: Features, begin: int, end: int, fps: int) -> float:
+    """Distance in grey levels of films' colours from others', from second begin to end.
+
+    It is the root of the mean Frechet distance of the five colours: if others have the
+    same colours but for a shift by d, it is d. One by one, they are compared well by a
+    few films.
+    """
+    own, other = palettes(films, begin, end, fps), palettes(others, begin, end, fps)
+    distances = [frechet(own[:, i], other[:, i], np.full(3, 1 / 255)) for i in range(5)]
+    return max(0.0, np.mean(distances)) ** 0.5
+
+
+def eye_colours(features: Features, begin: int, end: int) -> np.ndarray:
+    """Mean colours of each film's left and right iris from frame begin to end (n, 2, 3), or NaN."""
+    irises = features.looks.irises[:, begin:end]
+    seen = np.isfinite(irises).sum(1)
+    return np.where(seen, np.nansum(irises, 1) / np.maximum(seen, 1), np.nan)
+
+
+def lips_follow(looks: Look, closed: np.ndarray) -> float | None:
+    """The slope of the mouth's position over the head's, where closed (n, F); None if none moves.
+
+    Least squares over all films, down and across; each film's means are subtracted.
+    """
+    both = moved = 0.0
+    for head, mouth, use in zip(looks.head, looks.mouth, closed):
+        if use.sum() > 1:
+            head = head[use] - head[use].mean(0)
+            both += (head * (mouth[use] - mouth[use].mean(0))).sum()
+            moved += (head**2).sum()
+    return both / moved if moved > 1 else None
+
+
+def picture_figures(ruler: Ruler, films: Film, features: Features, begin: int, end: int) -> dict:
+    """Figures of face, clothes and background from second begin to end."""
+    silence, fps = ruler.cfg.silence, ruler.cfg.fps
+    window = slice(begin * fps, end * fps)
+    looks = Look(*[part[:, window] for part in features.looks])
+    spoken = (features.letters if films.symbols is None else films.symbols)[:, window]
+    right = (looks.mouths == ruler.mouth_reader.groups[spoken])[spoken != silence]
+    eyes = eye_colours(features, begin * fps, end * fps)
+    eyes = eyes[np.isfinite(eyes).all((1, 2))]
+    back = features.colours[:, begin:end, :3].mean(1)
+    return {
+        "iris": 255 * np.ptp(eyes.mean(1), axis=-1).mean() if len(eyes) else None,
+        "iris_difference": 255 * np.abs(eyes[:, 0] - eyes[:, 1]).mean() if len(eyes) else None,
+        "saturation": (np.ptp(back, axis=-1) / (back.max(-1) + 1e-6)).mean(),
+        "stripes": stripes_of(features.stills.clothes[:, begin:end].mean(1)).mean(),
+        "mouth_letters": right.mean() if right.size else None,
+        "lopsided": (looks.asymmetry > LOPSIDED).mean(),
+        "lips_follow": lips_follow(looks, features.mouths[:, window] < CLOSED),
+        "flicker": features.stills.flicker[:, window].mean(),
+        "grain": features.stills.grain[:, window].mean(),
+    }
+
+
 def score(ruler: Ruler, films: Film, reference: Film) -> dict[str, list]:
     """All FIGURES of stacked films: a number a window, None where it does not apply.
 
@@ -241,6 +374,8 @@ def score(ruler: Ruler, films: Film, reference: Film) -> dict[str, list]:
         begin = max(begin, 1)
         start, stop = begin * cfg.fps, end * cfg.fps
         row = speech_figures(ruler, films, features, start, stop)
+        row |= picture_figures(ruler, films, features, begin, end)
+        row["palette"] = palette_distance(features, others, begin, end, cfg.fps)
         colours, halves = features.colours, slice(2 * begin, 2 * end)
         row["identity_drift"] = np.abs(colours[:, begin:end] - colours[:, :1]).mean()
         change = np.diff(films.frames[:, start:stop].astype(np.int16), axis=1)

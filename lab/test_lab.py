@@ -1,26 +1,36 @@
 """What data/ and lab/ claim, on tiny models and synthetic films."""
 
+import http.client
 import json
 import math
 import os
 import signal
+import socket
+import threading
+import time
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import mutual_forcing as mf
+import sample
 import train
+from data.checkpoint import save_checkpoint
 from data.codecs import make_codecs
-from lab import benchmark, claims, evaluate, ruler
+from data.controls import spell, stream_film
+from data.decoding import decode_clip
+from lab import benchmark, claims, evaluate, live, live_film, ruler, score_line
 from mutual_forcing import AudioVideoTransformer, Config
 
-TINY = Config(width=32, layers=2, heads=2, image=16, patch=8, sample_rate=1024, chunk=2, window=2)
+SIZES = {"width": 32, "layers": 2, "heads": 2, "image": 16, "video_dim": 32, "audio_dim": 32}
+TINY = Config(**SIZES, sample_rate=1024, chunk=2, window=2)
 SMALL = Config(width=32, layers=1, heads=1)
-CODECS = make_codecs(TINY)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +49,7 @@ def lively(cfg: Config) -> AudioVideoTransformer:
 @pytest.fixture
 def checkpoint(tmp_path):
     path = tmp_path / "small.pt"
-    mf.save_checkpoint(path, lively(SMALL), {"stage": "mutual"})
+    save_checkpoint(path, lively(SMALL), make_codecs(SMALL), {"stage": "mutual"})
     return path
 
 
@@ -80,6 +90,70 @@ def test_the_ruler_knows_truth_from_shuffled_sound_and_sees_what_is_wrong():
     assert score(symbols=None) == truth | {"transcript_error": None, "lip": None}
 
 
+def blurred(frames: np.ndarray) -> np.ndarray:
+    """Frames with the mean of 3 x 3 pixels in each pixel's place."""
+    height, width = frames.shape[2:4]
+    padded = np.pad(frames, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
+    total = np.zeros(frames.shape, np.float32)
+    for y in range(3):
+        for x in range(3):
+            total += padded[:, :, y : y + height, x : x + width]
+    return np.rint(total / 9).astype(np.uint8)
+
+
+def test_the_ruler_sees_what_is_wrong_with_the_picture():
+    cfg, rng = Config(), np.random.default_rng(0)
+    films = evaluate.to_films(evaluate.held_out(cfg, 3, 5), cfg)
+    own_ruler, frames = evaluate.Ruler(cfg), films.frames
+    looks = own_ruler.looks(frames)
+
+    def score(frames, symbols=films.symbols):
+        changed = films._replace(frames=frames, symbols=symbols)
+        figures = evaluate.score(own_ruler, changed, films)
+        return {name: value for name, (value,) in figures.items()}
+
+    truth = score(frames)
+    assert 75 < truth["iris"] < 100 and truth["iris_difference"] < 3
+    assert 10 < truth["stripes"] < 30 and 0.15 < truth["saturation"] < 0.6
+    assert truth["mouth_letters"] > 0.95 and 0.95 < truth["lips_follow"] < 1.05
+    assert truth["lopsided"] == truth["flicker"] == 0 and truth["grain"] < 0.3
+    babbling = score(frames, symbols=None)
+    assert babbling["mouth_letters"] > 0.9 and babbling["iris"] == truth["iris"]
+
+    dull = score(((frames + frames.mean(-1, keepdims=True)) / 2).astype(np.uint8))
+    for name in ("iris", "saturation"):
+        assert 0.4 * truth[name] < dull[name] < 0.65 * truth[name]
+    assert truth["palette"] < 0.1 and dull["palette"] > 10
+    soft = score(blurred(frames))
+    assert soft["stripes"] < 0.95 * truth["stripes"] and soft["iris"] < 0.7 * truth["iris"]
+    assert soft["mouth_letters"] < truth["mouth_letters"] - 0.05 and soft["lopsided"] == 0
+    noisy = np.rint(np.clip(frames + 2 * rng.standard_normal(frames.shape), 0, 255))
+    noisy = score(noisy.astype(np.uint8))
+    assert 2 < noisy["flicker"] < 2.5 and 1 < noisy["grain"] < 1.3  # grey: the mean of 3 colours
+    assert noisy["lopsided"] < 0.01 and 0.95 < noisy["lips_follow"] < 1.05
+    assert abs(noisy["iris"] - truth["iris"]) < 2 and noisy["mouth_letters"] > 0.95
+
+    # A mouth of another moment, beside a grey eye; one that does not follow; one that
+    # is torn.
+    other, fixed, torn = (frames.copy() for _ in range(3))
+    other[:, :, 20:31, 32:46] = other[:, :, 20:31, 32:46].mean(-1, keepdims=True)
+    for film, places in enumerate(np.rint(looks.mouth).astype(int)):
+        for f, (y, x) in enumerate(places):
+            mouth, still = np.s_[y - 6 : y + 7, x - 9 : x + 10], np.s_[33:46, 23:42]
+            skin = frames[film, f, y - 3, x - 10]
+            late_y, late_x = places[f - 40]
+            late = frames[film, f - 40, late_y - 6 : late_y + 7, late_x - 9 : late_x + 10]
+            other[film, f][mouth] = late
+            fixed[film, f][mouth] = skin
+            fixed[film, f][still] = frames[film, f][mouth]
+            torn[film, f, y - 6 : y + 7, x - 9 : x] = frames[film, f, y - 5 : y + 8, x - 9 : x]
+    other = score(other)
+    assert other["mouth_letters"] < 0.3
+    assert other["iris_difference"] > 10 * truth["iris_difference"]
+    assert abs(score(fixed)["lips_follow"]) < 0.2
+    assert score(torn)["lopsided"] > 0.5
+
+
 def test_statistics_of_known_curves():
     time = np.arange(160) / 16
     curve = np.stack([np.sin(2 * time), np.sin(3 * time + 1)])
@@ -99,7 +173,7 @@ def test_the_ruler_sees_the_films_that_stream_makes():
     film = films[16]  # alone in its batch, whose noise has a seed of its own
     given = {"transcript": film.symbols[TINY.margin :], "character": film.character}
     given |= {"first_frame": film.frames[0], "seed": 16}
-    parts = list(mf.stream(model, codecs, seconds=1, steps=2, **given))
+    parts = list(stream_film(model, codecs, seconds=1, steps=2, **given))
     assert np.array_equal(made.frames[16], np.concatenate([frames for frames, _ in parts]))
     samples = np.concatenate([samples for _, samples in parts])
     assert np.allclose(made.samples[16], samples, atol=1e-5)
@@ -114,7 +188,7 @@ def test_evaluate_scores_in_windows(checkpoint, monkeypatch, capsys):
     assert evaluate.main([*words, "--mode", "few", "--steps", "1", "--json"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
-    assert result["windows"] == [[0, 5]] and err.count("| ground truth |") == 2
+    assert result["windows"] == [[0, 5]] and err.count("ground truth: ") == 2
     names = ["ground truth", "shuffled sound", str(checkpoint)]
     assert [row["checkpoint"] for row in result["rows"]] == 2 * names
     assert all(list(row)[5:] == list(evaluate.FIGURES) for row in result["rows"])
@@ -124,30 +198,48 @@ def test_evaluate_scores_in_windows(checkpoint, monkeypatch, capsys):
     assert all(row["transcript_error"] == row["lip"] == [None] for row in without)
     assert [(row["mode"], row["steps"]) for row in spoken] == 2 * [(None, None)] + [("few", 1)]
     assert [path.name for path in checkpoint.parent.iterdir()] == ["small.pt"]
-    rows = [{"checkpoint": "a", "mode": None} | {name: [0.25, 0.5] for name in evaluate.FIGURES}]
+    row = {"checkpoint": "a", "mode": "few", "steps": 4, "control": "spoken"}
+    rows = [row | {name: [0.25, 0.5] for name in evaluate.FIGURES}]
+    rows.append(rows[0] | {"control": "babbling"})
     result = {"windows": [(0, 5), (5, 15)], "rows": rows}
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **asked: result)
     assert evaluate.main([*words, "--all"]) == 0
-    assert "| a | - | 0.25 / 0.5 | 0.25 / 0.5 |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| figure | a, few 4 | what it is |" in out and "| lip | 0.25 / 0.5 |" in out
+    assert all(meaning in out for meaning in evaluate.FIGURES.values())
     assert evaluate.main(words) == 0
     out = capsys.readouterr().out
-    assert "Seconds 5-15\n" in out and "| a | - | 0.5 |" in out and "0.25" not in out
-    assert all(meaning in out for meaning in evaluate.FIGURES.values())
+    assert "Babbling, seconds 5-15\n" in out and "| lip | 0.5 |" in out and "0.25" not in out
+    for name, meaning in evaluate.FIGURES.items():
+        assert (meaning in out) == (name in ruler.DEFAULT_FIGURES)
+
+
+def test_the_score_line_has_a_row_for_each_kept_checkpoint(tmp_path, capsys):
+    assert score_line.main([str(tmp_path)]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    for name, stage, minutes in (("after-030-minutes", "codec", 30.0), ("mutual", "mutual", 61.2)):
+        extra = {"stage": stage, "minutes": {stage: minutes}}
+        save_checkpoint(tmp_path / f"{name}.pt", lively(SMALL), make_codecs(SMALL), extra)
+    assert score_line.main([str(tmp_path), "--talkers", "2", "--seconds", "5"]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert rows[2][:3] == ["| 30", "codec", "-"] and rows[3][:2] == ["| 61", "mutual"]
+    assert 0 < float(rows[3][2]) <= 1 and float(rows[4][2]) == 0  # letters misread: ours, truth's
 
 
 def test_clips_have_no_letters_to_score():
     clips = evaluate.held_out(SMALL, 2, 6)
     clips = [clip._replace(symbols=0 * clip.symbols + SMALL.unknown) for clip in clips]
-    given = {"one": lively(SMALL)}, make_codecs(SMALL)
-    result = evaluate.evaluate(*given, talkers=2, seconds=5, settings={}, clips=clips)
+    models = {"one": (lively(SMALL), make_codecs(SMALL))}
+    result = evaluate.evaluate(models, talkers=2, seconds=5, settings=[], clips=clips)
     for row in result["rows"]:
         assert {name for name in evaluate.FIGURES if row[name] != [None]} == set(evaluate.OF_CLIPS)
 
 
 def test_evaluate_refuses_bad_input_in_one_line(checkpoint, tmp_path, capsys):
     other, teacher = tmp_path / "other.pt", tmp_path / "teacher.pt"
-    mf.save_checkpoint(other, lively(replace(SMALL, chunk=3)), {})  # 5 s are less than a window
-    mf.save_checkpoint(teacher, lively(SMALL), {"whole": True})
+    odd = replace(SMALL, chunk=3)  # 5 s are less than a window
+    save_checkpoint(other, lively(odd), make_codecs(odd))
+    save_checkpoint(teacher, lively(SMALL), make_codecs(SMALL), {"whole": True})
     options = ("--seconds inf", "--talkers 1", "--data no-such-folder", "--device abacus")
     wrong = [[checkpoint, *option.split()] for option in options]
     wrong += [[checkpoint, other], [other], [teacher], [tmp_path / "missing.pt"], [tmp_path]]
@@ -178,36 +270,66 @@ def test_products_are_counted_once():
 
 
 def test_a_chunk_costs_its_steps_and_the_commit():
-    def size(steps, cache):  # multiplications of the fourth chunk: the window is full
-        settings = {"batch": 1, "mode": "few", "guidance": 1.0, "steps": steps, "cache": cache}
-        film = benchmark.films_of(lively(TINY), make_codecs(TINY), 4, **settings)
+    def size(steps):  # multiplications of the fourth chunk: the window is full
+        film = stream_film(lively(TINY), make_codecs(TINY), seconds=9, steps=steps)
         for _ in range(3):
             next(film)
         return sum(math.prod(a) * b[-1] for a, b in benchmark.matrix_products(lambda: next(film)))
 
-    assert size(2, cache=True) == pytest.approx(1.5 * size(1, cache=True), rel=0.1)
-    assert 1.5 < size(1, cache=False) / size(1, cache=True) < 4  # four chunks for two passes
+    assert size(2) == pytest.approx(1.5 * size(1), rel=0.1)
 
 
-def test_benchmark_quick_prints_positive_figures(checkpoint, monkeypatch, capsys):
-    assert benchmark.main(["--quick", "--json", "--device=cpu", f"--checkpoint={checkpoint}"]) == 0
-    rows = film, uncached, step = json.loads(capsys.readouterr().out)["rows"]
-    assert film["cache"] and not uncached["cache"]
-    for row in rows:
-        numbers = [value for value in row.values() if type(value) in (int, float)]
-        assert len(numbers) >= 5 and min(numbers) > 0, row
-    for row in (film, uncached):
-        assert row["chunk_ms_median"] <= row["chunk_ms_p95"]
-        assert row["fps_end_to_end"] < min(row["fps_model"], row["fps_codec"])
+def test_benchmark_prints_positive_figures(checkpoint, monkeypatch, capsys):
+    jobs, given = benchmark.jobs_of(longest=1), (checkpoint, torch.device("cpu"), make_codecs)
+    whats = ["start-up"] + 4 * ["film"] + 2 * ["training step"]
+    assert [what for what, _ in jobs] == whats and all(job["seconds"] == 1 for _, job in jobs[1:5])
+    monkeypatch.setattr(benchmark, "jobs_of", lambda longest: jobs[1:2])
+    words = ["--device=cpu", f"--checkpoint={checkpoint}"]
+    assert benchmark.main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    film = rows[0]
+    assert film["decode_ms"] < film["chunk_ms_median"] <= film["chunk_ms_p95"]
+    assert abs(film.pop("memory_growth_mb")) < 100
+    rows.append(benchmark.start_up_row(*given))
     monkeypatch.setattr(benchmark, "matrix_products", lambda step: [((2, 2), (2, 2))])  # fast
-    for stage in train.STAGES:
-        job = {"stage": stage, "batch": 1, "seconds": 1.5}
-        row = benchmark.training_row(checkpoint, torch.device("cpu"), make_codecs, job)
-        assert row.keys() == step.keys() and row["step_seconds"] > 0
+    for what, settings in jobs[5:]:
+        rows.append(benchmark.training_row(*given, **settings | {"batch": 1}))
+        assert rows[-1]["step_ms"] > rows[-1]["forward_ms"] + rows[-1]["backward_ms"]
+    for row in rows:
+        numbers = [value for value in row.values() if isinstance(value, (int, float))]
+        assert len(numbers) >= 3 and min(numbers) > 0, row
+    monkeypatch.setattr(benchmark, "benchmark", lambda *_: {"machine": "abacus", "rows": rows[:1]})
+    assert benchmark.main(words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("abacus\n\n| what | mode | steps |") and benchmark.LEGEND in out
+    assert benchmark.main(["--device", "abacus"]) == 2
+
+
+def test_every_arm_of_the_claims_is_a_command_of_train(tmp_path, monkeypatch):
+    words = ["--init", str(tmp_path / "joint.pt"), "--out", str(tmp_path)]
+    args, commands = claims.build_parser().parse_args(words), {}
+    args.checksums, args.device = {}, "cpu"
+
+    def parse(words, _):
+        parsed = train.build_parser().parse_args(words)
+        commands[parsed.out.name.rsplit("-", 2)[0]] = parsed
+        return 0
+
+    monkeypatch.setattr(train, "main", parse)
+    for name in claims.ARMS:
+        claims.train_arm(name, 0, args, make_codecs)
+    assert commands.keys() == claims.ARMS.keys() - {"two-stages"}
+    assert {name for name, parsed in commands.items() if parsed.init != args.init} == {"one-stage"}
+    one = commands["one-stage"]
+    assert one.init == tmp_path / "codec.pt" and one.stage == "joint"
+    assert one.steps == sum(train.STAGES[stage].steps for stage in ("unimodal", "joint"))
+    assert commands["self-forcing"].teacher.parent.name.startswith("teacher-0-")
 
 
 def test_claims(tmp_path, monkeypatch, capsys):
-    tiny = f"--preset tiny --stage joint --steps 4 --device cpu --out {tmp_path}/init"
+    tiny = (
+        f"--preset tiny --stage joint --from-scratch --steps 4 --device cpu --out {tmp_path}/init"
+    )
     assert train.main(tiny.split()) == 0
     results, page = tmp_path / "r.json", tmp_path / "r.md"
     page.write_text(f"above\n{claims.BEGIN}\nold\n{claims.END}\nbelow\n")
@@ -232,7 +354,8 @@ def test_claims(tmp_path, monkeypatch, capsys):
     first = json.loads(results.read_text())
     assert {row["arm"] for row in first["rows"]} == {"ground truth", "shuffled sound", "shortcut"}
     assert claims.main(words) == 0
-    # Two steps of each arm and none twice, in four runs, as the teacher's was interrupted.
+    # Two steps of each arm and none twice, in four runs, as the teacher's was
+    # interrupted.
     assert steps == [("mutual", 2)] * 2 + [("joint", 2)] * 2 + [("mutual", 2)] * 2
     whole = json.loads(results.read_text())
     assert whole["rows"][:8] == first["rows"] and len(whole["rows"]) == 12 and len(runs) == 4
@@ -250,3 +373,208 @@ def test_claims(tmp_path, monkeypatch, capsys):
     results.write_text(json.dumps(whole | {"code": "other"}))
     assert claims.main(words) == 2 and "another code; --mix" in capsys.readouterr().err
     assert claims.main([*words, "--mix"]) == 0 and json.loads(results.read_text())["mixed"]
+
+
+# ---- lab/live.py
+
+
+@pytest.fixture
+def live_server(tmp_path):
+    """A server of a tiny model, and ask(path, body) -> (status, bytes)."""
+    path = tmp_path / "tiny.pt"
+    save_checkpoint(path, lively(TINY), make_codecs(TINY), {"stage": "mutual"})
+    words = ["--port", "0", "--checkpoint", str(path), "--device", "cpu"]
+    with live.make_server(words, make_codecs) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+
+        def ask(path, body=None, **headers):
+            connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
+            connection.request("GET" if body is None else "POST", path, body, headers)
+            answer = connection.getresponse()
+            content = answer.read()
+            connection.close()
+            return answer.status, content
+
+        yield server, ask
+        server.shutdown()
+        thread.join()
+
+
+def opened(ask, settings="character=ada&seed=3") -> str:
+    status, name = ask(f"/open?{settings}", b"")
+    assert status == 200
+    return name.decode()
+
+
+def read_chunks(ask, film: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, list]:
+    """Frames and samples of chunks begin to end of a film, and the symbols of the frames."""
+    frames, samples, symbols = [], [], []
+    for index in range(begin, end):
+        status, content = ask(f"/chunk?film={film}", b"")
+        assert status == 200, content
+        size = 4 + int.from_bytes(content[:4], "little")
+        about = json.loads(content[4:size])
+        split = size + 4 * about["samples"]
+        assert about["index"] == index and about["first_frame"] == index * TINY.chunk_frames
+        assert size % 4 == 0 and about["make_seconds"] > 0
+        # Sound comes a hop later than its frames.
+        place = round(index * TINY.chunk_seconds * TINY.sample_rate) - TINY.hop
+        assert about["first_sample"] == max(0, place)
+        samples.append(np.frombuffer(content[size:split], "<f4"))
+        frames.append(np.frombuffer(content[split:], np.uint8).reshape(-1, 16, 16, 3))
+        symbols += about["symbols"]
+    return np.concatenate(frames), np.concatenate(samples), symbols
+
+
+def streamed(server, transcript, **settings) -> tuple[np.ndarray, np.ndarray]:
+    settings = {"seconds": 30, "character": "ada", "steps": 4, "seed": 3} | settings
+    film = stream_film(server.model, server.codecs, transcript=transcript, **settings)
+    frames, samples = zip(*islice(film, 8))
+    return np.concatenate(frames), np.concatenate(samples)
+
+
+def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
+    server, ask = live_server
+    film, other = opened(ask), opened(ask, "character=ada&seed=3&steps=8")
+    read_chunks(ask, film, 0, 2)
+    read = 2 * TINY.chunk_frames + TINY.margin
+    assert ask(f"/say?film={film}", "héy".encode()) == (200, str(read).encode())
+    assert ask(f"/say?film={film}", b"you") == (200, str(read + 12).encode())
+    frames, samples, symbols = read_chunks(ask, film, 2, 8)
+    expected = [TINY.silence] * read + spell("hey you")
+    whole_frames, whole_samples = streamed(server, expected)
+    assert np.array_equal(frames, whole_frames[8:])
+    assert np.array_equal(samples, whole_samples[len(whole_samples) - len(samples) :])
+    assert symbols == expected[8:32]
+    other_frames, _, _ = read_chunks(ask, other, 0, 1)
+    assert not np.array_equal(other_frames, whole_frames[:4])
+
+    # From the picture of frame 30, with other settings; text that was not spoken still
+    # is.
+    assert ask(f"/say?film={film}", b"mama")[0] == 200
+    assert ask(f"/restart?film={film}&frame=30&character=hana&seed=5", b"")[0] == 200
+    frames, samples, _ = read_chunks(ask, film, 8, 11)
+    script = spell("hey you mama")[32 - read :]
+    settings = {"character": "hana", "seed": 5, "first_frame": whole_frames[30]}
+    new_frames, new_samples = streamed(server, script, **settings)
+    assert np.array_equal(frames, new_frames[:12])
+    assert np.array_equal(samples[TINY.hop :], new_samples[: len(samples) - TINY.hop])
+    assert not samples[: TINY.hop].any()  # the last sound of the stream before is lost
+    status, line = ask(f"/restart?film={film}&frame=4000", b"")
+    assert status == 400 and b"not kept" in line
+
+
+def test_a_saved_live_film_has_the_frames_and_the_sound_of_its_last_seconds(
+    live_server, tmp_path, monkeypatch
+):
+    _, ask = live_server
+    monkeypatch.setattr(live_film, "KEPT_SECONDS", 1)
+    film = opened(ask)
+    assert ask(f"/save?film={film}", b"")[0] == 400
+    frames, samples, _ = read_chunks(ask, film, 0, 8)
+    (tmp_path / "film.mp4").write_bytes(ask(f"/save?film={film}", b"")[1])
+    clip = decode_clip(tmp_path / "film.mp4", TINY)
+    assert len(clip.frames) == 16 and len(clip.samples) == 1024
+    luma = np.array([0.299, 0.587, 0.114])  # of which H.264 keeps more than of the colours
+    errors = []
+    for first in (15, 16):  # the second is right
+        differences = clip.frames - frames[first : first + 16].astype(int)
+        errors.append(abs(differences @ luma).mean())
+    assert errors[1] < 0.7 * errors[0]
+    correlations = {}
+    for shift in range(-16, 17, 4):  # in samples
+        expected = samples[1024 + shift : 1924 + shift]
+        correlations[shift] = np.corrcoef(clip.samples[:900], expected)[0, 1]
+    assert correlations[0] == max(correlations.values()) > 0.4
+
+
+def test_a_live_server_refuses_in_one_line(live_server, capfd):
+    server, ask = live_server
+    film = opened(ask)
+    wrong = [
+        (404, "/nothing", None, {}),
+        (404, "/say", None, {}),
+        (404, "/chunk?film=1", b"", {}),
+        (403, "/", None, {"Host": "example.com"}),
+        (403, "/open", b"", {"Origin": "http://example.com"}),
+        (413, f"/say?film={film}", b"a" * 4097, {}),
+        (413, f"/say?film={film}", b"a", {"Content-Length": "many"}),
+        (400, f"/say?film={film}", b"a" * 501, {}),
+        (400, f"/say?film={film}", b"123", {}),
+        (400, f"/restart?film={film}&frame=0", b"", {}),
+        (400, f"/restart?film={film}&frame=-1", b"", {}),
+        (400, "/open?steps=5", b"", {}),
+        (400, "/open?character=nobody", b"", {}),
+    ]
+    for status, path, body, headers in wrong:
+        answer, line = ask(path, body, **headers)
+        assert answer == status and b"\n" not in line and len(line) > 10, (path, answer, line)
+    for _ in range(live.MOST_FILMS - 1):
+        opened(ask)
+    status, line = ask("/open", b"")
+    assert status == 503 and b"4 films are playing" in line
+    assert ask(f"/close?film={film}", b"")[0] == 200 and opened(ask)
+    assert b"bruno" in ask("/", Host="localhost:99")[1]
+    assert capfd.readouterr().err == ""
+
+    # A maker that fails: the page and stderr are told, and the other films go on.
+    film, other = list(server.films)[:2]
+    server.films[film].waiting.append("bug")
+    status, line = ask(f"/chunk?film={film}", b"")
+    assert status == 500 and line.startswith(b"TypeError: ")
+    assert "Traceback" in capfd.readouterr().err
+    status, line = ask(f"/chunk?film={film}", b"")
+    assert status == 400 and b"has ended" in line
+    read_chunks(ask, other, 0, 1)
+
+
+def test_a_live_film_that_no_page_asks_for_makes_room(live_server):
+    server, ask = live_server
+    films = [opened(ask) for _ in range(live.MOST_FILMS)]
+    for name in films:
+        server.films[name].asked -= live.LEFT_SECONDS + 1
+    read_chunks(ask, films[1], 0, 1)
+    new = opened(ask)
+    assert list(server.films) == [films[1], new]
+    assert ask(f"/chunk?film={films[0]}", b"")[0] == 404
+
+
+def test_live_refuses_mistakes_in_one_line(checkpoint, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words in ("--character nobody", f"--port {port}", "--port 70000", "--checkpoint no.pt"):
+            given = ["--device", "cpu", "--checkpoint", str(checkpoint), *words.split()]
+            assert live.main(given) == 2
+            out, err = capsys.readouterr()
+            assert out == "" and err.startswith("lab.live: ") and err.count("\n") == 1, err
+
+
+def test_sample_speaks_what_is_typed_while_it_is_typed(checkpoint, tmp_path, monkeypatch, capsys):
+    def type_in(*parts):
+        read, write = os.pipe()
+        monkeypatch.setattr("sys.stdin", os.fdopen(read))
+
+        def typing():
+            for part in parts:
+                os.write(write, part)
+                time.sleep(0.3)
+            os.close(write)
+
+        thread = threading.Thread(target=typing)
+        thread.start()
+        code = sample.main([*words, "-"])
+        thread.join()
+        return code
+
+    out = tmp_path / "film.wav"
+    words = f"--checkpoint {checkpoint} --out {out} --device cpu --json --say".split()
+    assert type_in(b"hi\n", b"you") == 0
+    typed, figures = soundfile.read(out)[0], json.loads(capsys.readouterr().out)
+    frames = 2 + 3 * len("hi you") + 8
+    assert figures["frames"] == frames and len(typed) == frames * 500
+    assert sample.main([*words, "hi you", "--seconds", "3"]) == 0
+    assert np.array_equal(typed, soundfile.read(out)[0][: len(typed)])
+    out.unlink()
+    assert type_in(b"\n", b"1 2") == 2
+    assert "nothing in it can be spoken" in capsys.readouterr().err and not out.exists()
