@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from data.checkpoint import load_file
 from mutual_forcing import Config, UserError
@@ -81,6 +79,10 @@ def any_process(wish, device) -> bool:
 
 def shard(net: torch.nn.Module, device: torch.device) -> None:
     """Divide a network's weights among the processes (FSDP2), block by block."""
+    # Imported here, because it takes longer than all else that a film needs.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     warnings.filterwarnings("ignore", "FSDP2-wrapped")  # of views changed in place: there are none
     mesh = init_device_mesh(device.type, (process()[1],))
     for block in getattr(net, "blocks", []):
