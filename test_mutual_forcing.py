@@ -446,6 +446,20 @@ def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
         stage3(chunks=1)
 
 
+@pytest.mark.parametrize("self_made", [True, False])
+def test_each_objective_sees_the_self_made_history_and_only_if_asked(self_made):
+    """Another rollout changes a loss if the history is self-made; DMD's films are always its own."""
+    losses = []
+    for seed in (0, 1):
+        x, films, _ = some_clip(3)
+        films = films + torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+        made = [films] * 5, torch.arange(x.shape[1]) >= TINY.chunk
+        with mock.patch.object(mf, "rollout", return_value=made):
+            losses.append(stage3(self_made=self_made)[0])
+    changed = {term for term in losses[0] if losses[0][term] != losses[1][term]}
+    assert changed == {"dmd", "fake", *(("flow", "shortcut") if self_made else ())}
+
+
 @pytest.mark.parametrize("history", ["few", "guided"])
 def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
     model, (x, _, controls), times = lively(), some_clip(chunks=7), mf.time_grid(TINY, 2)
