@@ -6,18 +6,18 @@ The paper in six sentences. A transformer with a video and an audio branch, join
 self-attention, generates a film chunk by chunk, and keeps what it generated in a KV cache.
 One set of weights serves two modes. The multi-step mode predicts the instantaneous velocity
 of a flow from noise to data, for about 50 small steps; the few-step mode predicts the
-average velocity over an interval, for 4 or 8 large steps. Stage 1 trains each branch alone,
-and stage 2 couples them on real history. In stage 3, Mutual Forcing, the few-step mode
+average velocity over an interval, for 4 or 8 large steps. Stage 1 trains both branches
+without sight of each other, and stage 2 couples them, both on real history. In stage 3, Mutual Forcing, the few-step mode
 generates its own history, and the multi-step mode learns the real chunk that follows it.
 Then the multi-step mode teaches the few-step mode, by ShortCut and DMD.
 
 The stages in code, as train.py calls them (stage 0 trains the video codec, data/codecs.py).
 A history is a clean clip as long as x; a chunk sees of it only the chunks before its own.
 
-    # Stage 1: each branch alone. Stage 2: both. The history is the real clip x itself.
+    # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3. In mutual_forcing_loss() these steps have the same numbers:
+    # Stage 3. In mutual_forcing_loss() these parts have the same numbers:
     #   1. states, generated = rollout(model, x, controls, times)   the few-step mode
     #      history = states[-1]                                     generates
     #   2. flow_matching_loss(model, x, history, controls)          the multi-step mode learns
@@ -26,8 +26,8 @@ A history is a clean clip as long as x; a chunk sees of it only the chunks befor
     losses, logs = mutual_forcing_loss(
         model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
     )
-    # Self-Forcing, for comparison: DMD alone, toward the score of a bidirectional model,
-    # which has one chunk as long as the clip, and therefore no history.
+    # Self-Forcing, for comparison: DMD alone. Both scores are bidirectional models, which
+    # have one chunk as long as the clip, and therefore no history.
     loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
     losses, logs = mutual_forcing_loss(
         model, x, controls, teacher=None, real_score=bidirectional, fake_score=fake_score,
@@ -52,8 +52,8 @@ What we do differently                      Why (docs/departures.md: what each i
   x_t is added again to the output            v has noise of more values than D can hold
   the transcript is added to the tokens       each symbol's time is known: no cross-attention
   a character is named, not described         the drawn world has no more to say
-  frames are encoded alone, then as changes   an encoder of pairs shares their mouth
-  sound is an exact MDCT, not a VAE           a hiss is noise, which no small VAE keeps
+  video's VAE encodes frames one by one       two frames encoded at once share one mouth
+  sound has an exact MDCT, not a VAE          a hiss is noise, which no small VAE keeps
   larger rate, smaller batches                millions of weights, and two cores
 Where the paper is silent, the code says "our choice". A user's mistake raises UserError.
 """
@@ -70,7 +70,7 @@ from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
 DEFAULT_STEPS = {"few": 4, "multi": 50}  # denoising steps of a chunk in each mode
-WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's is open
+WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's: our choice
 
 
 class UserError(ValueError):
@@ -88,7 +88,7 @@ class Config:
     fps: int = 16  # frames per second
     step_frames: int = 2  # frames of one latent frame
     sample_rate: int = 8000  # samples per second
-    tokens: int = 4  # N: a square of the picture, or a hop of sound; a square number
+    tokens: int = 4  # N, a square number: squares of the picture, hops of sound
     video_dim: int = 256  # values of a video token
     audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
@@ -168,13 +168,16 @@ def warp(u: Tensor, shift: float) -> Tensor:
     """Even progress u in 0..1 -> time t in 0..1, for times of training and for sampling grids.
 
     Our choice: a shift above 1 moves times toward noise. Values of a film are strongly
-    correlated, so that most of it is visible at a small t already.
+    correlated, so what it shows is decided at small t already.
     """
     return u / (u + shift * (1 - u))
 
 
 def time_grid(cfg: Config, steps: int) -> Tensor:
-    """Times from 0 to 1 of a sampler with so many steps, at most 1000: (steps + 1, 1, 1, 1)."""
+    """Times from 0 to 1 of a sampler with so many steps: (steps + 1, 1, 1, 1).
+
+    A time of the grid is then (1, 1, 1), as t of other places is (B, S, 1).
+    """
     if not 1 <= steps <= 1000:
         raise UserError(f"steps must be between 1 and 1000, not {steps}")
     return warp(torch.linspace(0, 1, steps + 1), cfg.shift)[:, None, None, None]
@@ -188,7 +191,7 @@ def each_latent_frame(per_chunk: Tensor, chunk: int) -> Tensor:
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """A time for each chunk to train clips x (B, S, E) at: (B, S, 1).
 
-    The progress is logit-normal: more of the times are between noise and data.
+    The progress is logit-normal, so few of the times are near noise or near data.
     """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
     return each_latent_frame(warp(u, cfg.shift), chunk).to(x)
@@ -226,9 +229,9 @@ def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
 class Conditioning(nn.Module):
     """Time t, step size d and the character -> a vector for each latent frame.
 
-    Our choice: the layers of d have no biases, read features that are zero at d = 0,
-    and the last one starts at zero. So they add nothing at d = 0, and get no gradient
-    before stage 3: until then the two modes are the same.
+    Our choice: the layers of d have no biases and read features that are zero at d = 0,
+    so at d = 0 they add nothing and get no gradient. The last of them starts at zero
+    and therefore stays zero until stage 3: until then the two modes are the same.
     """
 
     def __init__(self, width: int, characters: int):
@@ -280,10 +283,13 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """
     period = cfg.clock * cfg.fps * cfg.tokens // cfg.step_frames  # in hops
     pairs = cfg.width // cfg.heads // 4
+    # Whole rotations of each pair in a period: from 2 to a quarter of the hops.
     rotations = torch.logspace(1, math.log2(period / 4), pairs, base=2).round().long()
     hops = torch.arange(cfg.tokens, device=positions.device)
-    ticks = torch.cat([0 * hops, hops]) + cfg.tokens * positions[:, None]  # (S, 2 N)
-    turned = ticks[..., None] * rotations.to(positions.device) % period
+    # Times of tokens, in hops: those of video lie at the start of their latent frame.
+    times = torch.cat([0 * hops, hops]) + cfg.tokens * positions[:, None]  # (S, 2 N)
+    # Whole numbers stay exact however long the film is.
+    turned = times[..., None] * rotations.to(positions.device) % period
     time = 2 * math.pi / period * turned  # (S, 2 N, P / 4)
     side, rates = torch.arange(cfg.grid), torch.logspace(0, -1, pairs // 2)
     row_column = torch.cartesian_prod(side, side).view(-1, 2, 1) * rates  # (N, 2, P / 8)
@@ -296,14 +302,16 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
     """Queries or keys (..., S 2 N, P), rotated; pair i: the values i and i + P / 2."""
-    (cos, sin), (a, b) = phases, x.chunk(2, -1)
+    cos, sin = phases
+    a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x)
 
 
 def without_time(k: Tensor) -> Tensor:
     """Keys (..., P) without the half that rotates with time: alike from any distance."""
-    pairs = k.unflatten(-1, (2, 2, -1))  # (..., first and second value, time and place, P / 4)
-    return torch.stack([torch.zeros_like(pairs[..., 0, :]), pairs[..., 1, :]], -2).flatten(-3)
+    time, place_1, _, place_2 = k.chunk(4, -1)  # first values of pairs, then second ones
+    zero = torch.zeros_like(time)
+    return torch.cat([zero, place_1, zero, place_2], -1)
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -321,14 +329,14 @@ class Block(nn.Module):
         self.out = BranchLinear(cfg.width, cfg.width)
         self.up = BranchLinear(cfg.width, 4 * cfg.width)
         self.down = BranchLinear(4 * cfg.width, cfg.width)
-        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))  # of the modulation
+        # What this block adds to the modulation, which all blocks share.
+        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))
 
     def forward(self, x: Tensor, modulation: Tensor, phases, attend) -> Tensor:
         """Tokens (2, B, S, N, D) -> tokens after this block.
 
-        modulation (B, S, 1, 6 D) is shared by all blocks. attend(q, k, v), each (B, H,
-        S 2 N, P), decides who sees whom, and returns what each token saw, of the same
-        size.
+        modulation (B, S, 1, 6 D). attend(q, k, v), each (B, H, S 2 N, P), decides who
+        sees whom, and returns what each token saw, of the same size.
         """
         six = (modulation + self.offset).chunk(6, -1)  # each (2, B, S, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
@@ -341,9 +349,6 @@ class Block(nn.Module):
         seen = seen.permute(3, 0, 2, 4, 1, 5).flatten(-2)
         x = torch.addcmul(x, gate1, self.out(seen))
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(normalise(x, shift2, scale2)))))
-
-
-REFERENCE, HISTORY, NOISED = range(3)  # kinds of latent frames in the parallel form
 
 
 class ParallelAttention:
@@ -360,30 +365,34 @@ class ParallelAttention:
                noised 1        x      x        x           x
                noised 2        x      x          x           x
 
-    The reference is a latent frame that holds the first frame of the film. The sink is
-    chunk 0 of the history once more: it keeps the character's look and voice in view
-    however short the window is. Sink and reference have no time: the half of their keys
-    that rotates with time is zero. So a film of any length has no position that
-    training never saw.
+    The history is clean: t = 1 and d = 0. The reference is a latent frame that holds
+    the first frame of the film. The sink is chunk 0 of the history once more: it keeps
+    the character's look and voice in view however short the window is. Sink and
+    reference have no time: the half of their keys that rotates with time is zero. So a
+    film of any length has no position that training never saw.
     """
 
     def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
         """length: S; coupled: whether the branches see each other (not in stage 1)."""
-        per_frame = 2 * cfg.tokens
-        self.sink = slice(per_frame, per_frame * (1 + chunk * has_history))  # tokens of chunk 0
-        kind = [REFERENCE] + [HISTORY] * length * has_history + [NOISED] * length
-        kind = torch.tensor(kind)  # of each latent frame
-        chunk_of = (torch.arange(length) // chunk).repeat(1 + has_history)
-        chunk_of = F.pad(chunk_of, (1, 0))
-        row_kind, row_chunk = kind[:, None], chunk_of[:, None]
-        same = (kind == row_kind) & (chunk_of == row_chunk)
-        in_window = (chunk_of < row_chunk) & (chunk_of >= row_chunk - cfg.window)
-        mask = same | (kind == REFERENCE) | (kind == HISTORY) & in_window
-        sees_sink = (row_chunk > 0).expand(-1, chunk * has_history)
-        mask = torch.cat([sees_sink, mask], 1)
+        per_frame, history_length = 2 * cfg.tokens, chunk * has_history
+        self.sink = slice(per_frame, per_frame + per_frame * history_length)  # tokens of chunk 0
+
+        chunk_of = torch.arange(length) // chunk
+        age = chunk_of[:, None] - chunk_of  # by how many chunks a row is later than a column
+        own, past = age == 0, (age > 0) & (age <= cfg.window)
+        never, always = torch.zeros_like(own), own.new_ones(length, 1)
+        sink = (chunk_of > 0)[:, None].expand(length, history_length)
+        rows = [[sink, always, own]]
+        if has_history:
+            rows = [[sink, always, past | own, never], [sink, always, past, own]]
+        mask = torch.cat([torch.cat(row, 1) for row in rows])
+        reference = torch.zeros_like(mask[:1])
+        reference[:, history_length] = True  # sees itself alone
+        mask = torch.cat([reference, mask])  # of latent frames
+
         branch = torch.arange(2).repeat_interleave(cfg.tokens)
         branch_mask = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
-        self.mask = torch.kron(mask.byte(), branch_mask.byte()).bool()
+        self.mask = torch.kron(mask.byte(), branch_mask.byte()).bool()  # of tokens
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (B, H, tokens, P) of [reference | history | noised] -> what each token saw."""
@@ -397,9 +406,8 @@ class KVCache:
     """Keys and values of finished chunks: the streaming context buffer (section 3.1).
 
     Each layer keeps those of [reference, sink, the last cfg.window chunks]. An
-    evaluation sees them and the current chunk. A commit, at t = 1 and d = 0, also keeps
-    the current chunk, in the place of the oldest one. Keys are stored rotated:
-    attention depends only on the distance in time.
+    evaluation sees them and the current chunk. Keys are stored rotated: attention
+    depends only on the distance in time, and not on the order of the keys.
     """
 
     def __init__(self, cfg: Config):
@@ -407,7 +415,7 @@ class KVCache:
         self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S 2 N, P)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = zip((k, v), *self.kept[layer])
+        keys, values = zip(*self.kept[layer], (k, v))
         return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
 
     def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -415,8 +423,10 @@ class KVCache:
         seen, kept = self.attend(layer, q, k, v), self.kept[layer]
         if len(kept) == 1:  # chunk 0 becomes the sink, too
             kept.append((without_time(k), v))
-        slot = 2 + self.count % self.window
-        kept[slot : slot + 1] = [(k, v)]  # a slot beyond the end appends
+        if len(kept) < 2 + self.window:  # the reference, or a chunk of a window not yet full
+            kept.append((k, v))
+        else:
+            kept[2 + self.count % self.window] = (k, v)
         return seen
 
 
@@ -424,8 +434,8 @@ class AudioVideoTransformer(nn.Module):
     """Two branches and one joint self-attention: noised latents in, velocities out.
 
     forward() is the parallel form, for training: all chunks of a clip at once, under a
-    mask. step() is the streaming form, for sampling: one chunk at a time, with a
-    KVCache. Both give the same v, which the tests check.
+    mask. start(), step() and commit() are the streaming form: one chunk at a time, with
+    a KVCache. Both give the same v, which the tests check.
     """
 
     def __init__(self, cfg: Config):
@@ -436,11 +446,11 @@ class AudioVideoTransformer(nn.Module):
         self.embed = nn.ModuleList([nn.Linear(size, width) for size in sizes])
         self.text = TextEmbedding(cfg)
         self.place = nn.Parameter(0.02 * torch.randn(branch_shape))
-        # Stands in for the first frame of a film that is not given one, and for audio's
-        # reference.
+        # Stands in for a first frame that is not given, and for audio's reference.
         self.no_reference = nn.Parameter(0.02 * torch.randn(branch_shape))
         self.conditioning = Conditioning(width, len(cfg.characters) + 1)
-        self.modulation = nn.Linear(width, 6 * width)  # shared by blocks and branches (our choice)
+        # Shared by blocks and branches (our choice).
+        self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.layers)])
         self.head_modulation = nn.Linear(width, 2 * width)
         sizes = (cfg.video_dim, 2 * cfg.audio_dim)
@@ -477,7 +487,7 @@ class AudioVideoTransformer(nn.Module):
         return torch.stack([video, absent[1].to(video)]) + self.place, conditioning
 
     def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
-        """Pass tokens (2, B, S, N, D) through all blocks; attend(layer, q, k, v): see Block."""
+        """Tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v): see Block.forward()."""
         modulation, phases = self.modulation(conditioning), rotary_phases(self.cfg, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, phases, functools.partial(attend, layer))
@@ -504,18 +514,20 @@ class AudioVideoTransformer(nn.Module):
         x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 1), the same within a chunk;
         history (B, S, E) clean latents, or None if a chunk sees only the reference and
         itself. chunk: its length in latent frames (default cfg.chunk; S makes a
-        bidirectional model). coupled: False for the two unimodal models of stage 1.
-        Returns v (B, S, E).
+        bidirectional model). coupled: False in stage 1, where the branches do not see
+        each other; they still share conditioning, modulation and transcript. Returns v
+        (B, S, E).
         """
         b, s = x_t.shape[:2]
         chunk = chunk or self.cfg.chunk
         assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
         t, d = t.expand(b, s, 1), d.expand(b, s, 1)
         text, character = self.text(controls.symbols), controls.character
-        parts = [self.reference(controls), self.embed_latents(x_t, t, d, text, character)]
+        parts = [self.reference(controls)]
         if history is not None:
-            clean = self.embed_latents(history, torch.ones_like(t), 0 * d, text, character)
-            parts.insert(1, clean)
+            t_data, d_zero = torch.ones_like(t), torch.zeros_like(d)
+            parts.append(self.embed_latents(history, t_data, d_zero, text, character))
+        parts.append(self.embed_latents(x_t, t, d, text, character))
         x = torch.cat([tokens for tokens, _ in parts], 2)
         conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
         positions = torch.arange(s).repeat(len(parts) - 1)
@@ -533,46 +545,54 @@ class AudioVideoTransformer(nn.Module):
         return cache
 
     @torch.no_grad()
-    def step(self, x_t, t, d, controls: Controls, cache: KVCache, commit=False) -> Tensor:
-        """Streaming form: one evaluation of the chunk that follows those in the cache.
+    def step(self, x_t, t, d, controls: Controls, cache: KVCache) -> Tensor:
+        """One evaluation of the chunk that follows those in the cache, which only is read.
 
         x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E).
-        commit: keep the chunk's keys and values; x_t is then the finished chunk, t = 1
-        and d = 0.
         """
+        return self.read_out(*self.pass_chunk(x_t, t, d, controls, cache, cache.attend), x_t)
+
+    @torch.no_grad()
+    def commit(self, x: Tensor, controls: Controls, cache: KVCache) -> None:
+        """Write the keys and values of the finished chunk x to the cache, at t = 1 and d = 0."""
+        t = torch.ones(1, 1, 1, device=x.device)
+        self.pass_chunk(x, t, torch.zeros_like(t), controls, cache, cache.commit)
+        cache.count += 1
+
+    def pass_chunk(self, x_t, t, d, controls, cache, attend) -> tuple[Tensor, Tensor]:
+        """The chunk after those in the cache -> its tokens after all blocks, its conditioning."""
         b, s = x_t.shape[:2]
         positions = cache.count * self.cfg.chunk + torch.arange(s, device=x_t.device)
         text, t, d = self.text(controls.symbols), t.expand(b, 1, 1), d.expand(b, 1, 1)
         x, conditioning = self.embed_latents(x_t, t, d, text, controls.character)
-        x = self.run_blocks(x, conditioning, positions, cache.commit if commit else cache.attend)
-        cache.count += int(commit)
-        return self.read_out(x, conditioning, x_t)
+        return self.run_blocks(x, conditioning, positions, attend), conditioning
 
 
 # ---- The denoising loop and the streaming sampler ------------------------------------
 
 
-def denoise(velocity, x: Tensor, times: Tensor, few: bool = True) -> list[Tensor]:
-    """The one denoising loop: from x at times[0] to times[-1]. Returns the state at every time.
+def denoise(velocity, x_t: Tensor, times: Tensor, few: bool = True) -> list[Tensor]:
+    """The one denoising loop: from x_t at times[0] to times[-1]. Returns the state at every time.
 
     velocity(x_t, t, d) -> v is told the step size, or 0 in multi-step mode (few False);
     times (K + 1, 1, 1, 1).
     """
-    states = [x]
+    states = [x_t]
     for t, end in pairwise(times):
         step_size = end - t
-        x = x + step_size * velocity(x, t, step_size * few)
-        states.append(x)
+        x_t = x_t + step_size * velocity(x_t, t, step_size * few)
+        states.append(x_t)
     return states
 
 
-def guided_step(model, x_t, t, d, controls, cache, guidance) -> Tensor:
-    """model.step() under classifier-free guidance, for which controls and cache hold
-    every film twice: with its controls, and without."""
-    if guidance == 1:
-        return model.step(x_t, t, d, controls, cache)
-    v, v_null = model.step(x_t.repeat(2, 1, 1), t, d, controls, cache).chunk(2)
-    return torch.lerp(v_null, v, guidance)
+def guided_step(model, x_t, t, d, variants, guidance) -> Tensor:
+    """model.step() under classifier-free guidance.
+
+    variants: pairs of controls and cache: of films with their controls and, unless
+    guidance is 1, of the same films without.
+    """
+    v, *null = [model.step(x_t, t, d, controls, cache) for controls, cache in variants]
+    return torch.lerp(null[0], v, guidance) if null else v
 
 
 @torch.no_grad()
@@ -583,39 +603,37 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
     times (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. first_chunk: real
     latents (B, cfg.chunk, E), which begin the films as they are.
     """
-    cfg, times, cache = model.cfg, times.to(model.device), None
-    t_data, d_zero = torch.ones_like(times[-1]), torch.zeros_like(times[-1])
+    cfg, times, caches = model.cfg, times.to(model.device), None
     device = generator.device if generator else model.device
     for given in controls:
-        shape, copies = (len(given.character), cfg.chunk, cfg.latent_values), 1
-        if guidance != 1:
-            given = Controls(*[torch.cat(pair) for pair in zip(given, given.dropped(cfg))])
-            copies = 2
-        if cache is None:
-            cache = model.start(given)
-        if cache.count == 0 and first_chunk is not None:
+        variants = [given] if guidance == 1 else [given, given.dropped(cfg)]
+        caches = caches or [model.start(variant) for variant in variants]
+        variants = list(zip(variants, caches))
+        if caches[0].count == 0 and first_chunk is not None:
             states = [first_chunk] * len(times)  # never noised; the objectives leave it out
         else:
             # A CPU generator's noise is the same on every device.
+            shape = len(given.character), cfg.chunk, cfg.latent_values
             noise = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
-            options = {"controls": given, "cache": cache, "guidance": guidance}
+            options = {"variants": variants, "guidance": guidance}
             velocity = functools.partial(guided_step, model, **options)
             states = denoise(velocity, noise.to(model.device), times, few)
         yield states
-        model.step(states[-1].repeat(copies, 1, 1), t_data, d_zero, given, cache, commit=True)
+        # Only now, because no chunk may follow.
+        for variant, cache in variants:
+            model.commit(states[-1], variant, cache)
 
 
 @torch.inference_mode()
 def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance=1.0, seed=0):
     """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    codecs.video and codecs.audio decode latents (data/codecs.py). controls: an iterable
-    of the Controls of each chunk, for at least so many seconds; each is read when its
-    chunk is due, so that a transcript may come while the film runs (data/controls.py
-    makes them from text). mode: "few" takes large steps, "multi" small ones; steps: 4
-    by default, 50 in multi-step mode. guidance: 1 is none. Memory does not grow with
-    the length. Sound comes a little later than its frames, and the last chunk brings
-    the rest.
+    codecs.video and codecs.audio decode latents, see Codecs in data/codecs.py. controls:
+    an iterable of the Controls of each chunk, for at least so many seconds; each is read
+    when its chunk is due, so that a transcript may come while the film runs
+    (data/controls.py makes them from text). mode: "few" or "multi"; training teaches the
+    few-step mode 4 and 8 steps. guidance: 1 is none. Memory does not grow with the
+    length. Sound comes a little later than its frames; the last chunk brings the rest.
     """
     cfg = model.cfg
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
@@ -659,29 +677,31 @@ def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
     if not torch.is_tensor(guidance) and guidance == 1:
         return v
     v_null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
-    return v_null + guidance * (v - v_null)
+    return torch.lerp(v_null, v, torch.as_tensor(guidance).to(v))
 
 
-def flow_matching_loss(model, x, history, controls, *, generated=None, chunk=None, coupled=True):
+def flow_matching_loss(
+    model, x, history, controls, *, generated=None, chunk=None, coupled=True, term="flow"
+):
     """The multi-step mode learns the chunks of x (B, S, E), each at its own time, given a history.
 
-    Section 3.2; in stage 3 the history is self-made. On generated films, over the
-    latent frames (bool (S,)) that were generated, it trains DMD's fake score. history,
-    chunk, coupled: see AudioVideoTransformer.forward().
+    Section 3.2; in stage 3 the history is self-made. As term "fake" it trains DMD's fake
+    score, over the latent frames (bool (S,)) that were generated. history, chunk,
+    coupled: see AudioVideoTransformer.forward().
     """
     cfg = model.cfg
     t = draw_times(cfg, x, chunk or cfg.chunk)
     noise = torch.randn_like(x)
     v = model(add_noise(x, noise, t), t, torch.zeros_like(t), controls, history, chunk, coupled)
-    return mean_square("flow", cfg, v - (x - noise), generated)
+    return mean_square(term, cfg, v - (x - noise), generated)
 
 
 def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
     """A large step of the few-step mode must land where two half steps land (ShortCut, 3.3).
 
     x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8
-    steps (our choice: longer ones damage both modes). The halves of a step of 4 are
-    taken by the teacher's few-step mode, those of a step of 8 by its multi-step mode.
+    steps (our choice: longer ones damage both modes). The halves of a step of 4 are steps
+    of 8, which the teacher's few-step mode takes; those of 8 its multi-step mode takes.
     """
     cfg = model.cfg
 
@@ -694,7 +714,7 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
 
     # 2. Without gradient, the teacher takes the two half steps. Only its multi-step
     #    mode is guided: from it the few-step mode learns the guidance.
-    scale = 1.0 if guidance == 1 else guidance + (1 - guidance) * by_few
+    scale = 1.0 if guidance == 1 else torch.where(by_few == 1, 1.0, guidance)
     x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
         x_next = x_t
@@ -733,17 +753,18 @@ def dmd_loss(
     score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
 
     # 1. Take one denoising step k of all chunks again, now with gradient and in
-    #    parallel (our choice). The film's value is the sampler's last state; its
-    #    gradient is that of step k, which moved it by d v. The later steps count as
-    #    constants.
+    #    parallel (our choice). The film equals the sampler's last state, but depends on
+    #    the weights through step k alone, which moved it by d v: all other steps, the
+    #    states and the history are constants.
     k = int(torch.randint(len(times) - 1, ()))
     t_k, d_k = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
     v = model(states[k], t_k, d_k, controls, history)
     film = states[-1] + d_k * (v - v.detach())
 
     # 2. Noise the film again, and let both scores predict the clean film. Their
-    #    difference, divided by the mean error of the real score in each chunk and
-    #    branch, is the gradient of half the squared distance to `target`.
+    #    difference is the gradient of half the squared distance to `target`. It is
+    #    divided by the mean distance of the film from the real score's prediction, in
+    #    each chunk and branch, so that all of them weigh alike at any t.
     with torch.no_grad():
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
@@ -753,19 +774,17 @@ def dmd_loss(
         x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
         gradients = []
         for part, x_r, x_f in zip(split(cfg, film), split(cfg, x_real), split(cfg, x_fake)):
-            error = (part - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
-            scale = each_latent_frame(error, chunk)[..., None].clamp(min=1e-6)
-            gradients.append((x_f - x_r) / scale)
+            distance = (part - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
+            distance = each_latent_frame(distance, chunk)[..., None].clamp(min=1e-6)
+            gradients.append((x_f - x_r) / distance)
         target = film - join(*gradients)
     loss, logs = mean_square("dmd", cfg, film - target, generated)
 
     # 3. The fake score learns these films.
-    options = {"generated": generated, "chunk": chunk}
-    fake_loss, fake_logs = flow_matching_loss(
-        fake_score, states[-1], score_history, controls, **options
-    )
-    logs |= {f"fake_{name}": fake_logs[f"flow_{name}"] for name in BRANCHES}
-    return 0.5 * loss, fake_loss, logs
+    options = {"generated": generated, "chunk": chunk, "term": "fake"}
+    fake = flow_matching_loss(fake_score, states[-1], score_history, controls, **options)
+    fake_loss, fake_logs = fake
+    return 0.5 * loss, fake_loss, logs | fake_logs
 
 
 @torch.no_grad()
@@ -804,14 +823,17 @@ def mutual_forcing_loss(
 ) -> tuple[dict, dict]:
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
-    teacher: the model's EMA copy, whose two modes teach (our choice). real_score,
-    fake_score: of DMD, the EMA copy or a bidirectional model, and the online model of
-    the few-step mode's films. weights: {term: weight}; a term of weight 0 or without
-    weight is not computed. extra: a fork's own objectives, {term: objective},
-    objective(model, x, history, controls) -> (loss, logs). steps: denoising steps of a
-    chunk in the rollout. self_made: see rollout().
+    teacher: the model's EMA copy, whose two modes teach (our choice). real_score: of
+    DMD, the EMA copy, or a bidirectional model; fake_score: a copy of it, which is
+    trained along on the few-step mode's films. weights: {term: weight}; of these terms,
+    one of weight 0 or without weight is not computed. extra: a fork's own objectives,
+    {term: objective}, objective(model, x, history, controls) -> (loss, logs), of weight
+    1 unless `weights` says otherwise. steps: denoising steps of a chunk in the rollout.
+    self_made: see rollout().
     """
     cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
+    if unknown := weights.keys() - WEIGHTS.keys() - (extra or {}).keys():
+        raise UserError(f"weights of unknown terms: {', '.join(sorted(unknown))}")
     if x.shape[1] < 2 * cfg.chunk:
         raise UserError("clips must be at least two chunks long: one real, one to generate")
     weights, losses, logs = dict.fromkeys(WEIGHTS, 0) | weights, {}, {}

@@ -118,13 +118,14 @@ def test_analytic_velocity_returns_the_data(steps):
     model, (data, _, controls) = lively(), some_clip(chunks=3)
     chunks, times = data.split(TINY.chunk, 1), mf.time_grid(TINY, steps)
 
-    def step(x_t, t, d, given, cache, commit=False):
-        x = chunks[cache.count]
-        cache.count += int(commit)
-        assert not commit or (x_t - x).abs().max() < 1e-4  # the finished chunk
-        return (x - x_t) / (1 - t)
+    def step(x_t, t, d, given, cache):
+        return (chunks[cache.count] - x_t) / (1 - t)
 
-    with mock.patch.object(model, "step", step):
+    def commit(x, given, cache):
+        assert (x - chunks[cache.count]).abs().max() < 1e-4  # the finished chunk
+        cache.count += 1
+
+    with mock.patch.multiple(model, step=step, commit=commit):
         films = list(mf.generate(model, controls.chunks(TINY), times))
     for states, x in zip(films, chunks, strict=True):
         assert len(states) == steps + 1 and 0.8 < states[0].std() < 1.2
@@ -162,7 +163,7 @@ def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
         chunk = slice(i * TINY.chunk, (i + 1) * TINY.chunk)
         piece = model.step(x[:, chunk], t[:, chunk][:, :1], d[:, chunk][:, :1], own, cache)
         assert (piece - whole[:, chunk]).abs().max() < 1e-4 * whole.std()
-        model.step(history[:, chunk], ONE, 0 * ONE, own, cache, commit=True)
+        model.commit(history[:, chunk], own, cache)
     assert cache.count == 7
 
 
@@ -258,7 +259,7 @@ def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
             model.step(chunk, 0.3 * ONE, d * ONE, own, cache)
         for pair, before in zip(cache.kept[-1], states[-1], strict=True):
             assert torch.equal(torch.stack(pair), before)
-        model.step(chunk, ONE, 0 * ONE, own, cache, commit=True)
+        model.commit(chunk, own, cache)
         # Latent frames of the reference, the sink, and the window.
         frames = [k.shape[2] / (2 * TINY.tokens) for k, _ in cache.kept[-1]]
         assert frames == [1] + [TINY.chunk] * (1 + min(i + 1, TINY.window))
@@ -272,14 +273,14 @@ def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
 @pytest.mark.parametrize("few", [True, False])
 def test_a_chunk_is_denoised_in_its_mode_and_committed_at_t_1_and_d_0(few):
     model, grid = lively(), mf.time_grid(TINY, 2)
-    with mock.patch.object(model, "step", wraps=model.step) as step:
+    with mock.patch.object(model, "pass_chunk", wraps=model.pass_chunk) as step:
         films = list(mf.generate(model, some_clip(chunks=3)[2].chunks(TINY), grid, few=few))
     x, t, d = (torch.stack([call.args[i] for call in step.call_args_list]) for i in range(3))
     sizes = torch.cat([few * grid.diff(dim=0), 0 * grid[:1]])
     assert torch.equal(t, grid.repeat(3, 1, 1, 1)) and torch.equal(d, sizes.repeat(3, 1, 1, 1))
     assert torch.equal(x, torch.stack([state for states in films for state in states]))
-    commits = [call.kwargs.get("commit", False) for call in step.call_args_list]
-    assert commits == 3 * [False, False, True]
+    attends = [call.args[5].__name__ for call in step.call_args_list]
+    assert attends == 3 * ["attend", "attend", "commit"]
 
 
 class StandIn(nn.Module):

@@ -22,12 +22,15 @@ import numpy as np
 
 from data.codecs import Film, make_codecs
 from data.decoding import decode_clip
-from lab.ruler import Ruler, transcript_error
+from lab.ruler import Ruler, speech_figures
 from sample import SHIPPED, load_talker
 
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 FLAGS += ["--window-size=980,712"]
+TEXTS = ("mama", "hello you", "my name is ada", "look at me", "how are you", "i am drawn by a net")
+TEXTS += ("what you type", "is what i say", "red green blue", "one two three", "good night")
+SPEECH = "transcript_error", "lip", "sync", "sync_lag_ms"  # of the film that the page saves
 ENTER = "\ue007"  # in WebDriver
 RECORD = """film.upcoming.set = function (number, frame) {
   (window.spoken ??= {})[number] = frame.symbol; return Map.prototype.set.call(this, number, frame) }"""
@@ -80,8 +83,8 @@ class Browser:
         self.wait(f"caption.text.includes('{text}')")
 
 
-def letters_misread(browser: Browser, saved: Path, cfg) -> float:
-    """Save the film, and read it with the ruler."""
+def read_back(browser: Browser, saved: Path, cfg) -> dict:
+    """Save the film, which is shorter than a minute, and read it with the ruler -> figures."""
     browser.element("#save", "click")
     end = time.monotonic() + 60
     while not saved.exists() and time.monotonic() < end:
@@ -89,7 +92,9 @@ def letters_misread(browser: Browser, saved: Path, cfg) -> float:
     clip, spoken = decode_clip(saved, cfg), browser.run("spoken")
     symbols = [spoken.get(str(i), cfg.silence) for i in range(len(clip.frames))]
     film = Film(clip.frames[None], clip.samples[None], np.array([symbols]), np.zeros(1, int))
-    return round(transcript_error(Ruler(cfg), film, 0, len(clip.frames)), 4)
+    ruler = Ruler(cfg)
+    figures = speech_figures(ruler, film, ruler.read(film), cfg.fps, len(clip.frames))
+    return {name: round(float(figures[name]), 4) for name in SPEECH} | {"frames": len(clip.frames)}
 
 
 def memory(process: subprocess.Popen) -> int:
@@ -102,10 +107,10 @@ def use(browser: Browser, address: str, server: subprocess.Popen, args) -> dict:
     """Do what a person would do -> figures."""
     browser.begin(address)
     browser.run(RECORD)
-    for text in ("mama", "hello you", "my name is ada", "look at me"):
+    for text in TEXTS:
         browser.say(text, args.out / f"{text}.png")
     cfg = load_talker(args.checkpoint, make_codecs)[0].cfg
-    figures = {"letters_misread": letters_misread(browser, args.out / "film.mp4", cfg)}
+    figures = read_back(browser, args.out / "film.mp4", cfg)
 
     page, other = browser.tell("/window", "GET"), browser.tell("/window/new", type="tab")
     browser.tell("/window", handle=other["handle"])
