@@ -5,6 +5,7 @@ Letters: F frames; h, w height and width of a part of the picture. Positions are
 a pixel. Colours are RGB in 0..1.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -285,3 +286,9 @@ class MouthReader:
     def read(self, mouths: np.ndarray) -> np.ndarray:
         """Pictures of mouths (F, k), from look() -> groups (F,)."""
         return (mouths @ self.weights - self.offset).argmax(1)
+
+
+@functools.cache
+def mouth_reader(image: int) -> MouthReader:
+    """The reader for pictures of this size; it learns for a second, once."""
+    return MouthReader(Config(image=image))

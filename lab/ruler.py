@@ -13,9 +13,9 @@ from data.controls import ALPHABET
 from data.talker import LETTER_TABLE, draw_identity, mouth_of, pitch_of, voice
 from lab.looks import (
     Look,
-    MouthReader,
     Stills,
     look_at,
+    mouth_reader,
     stills_of,
     stripes_of,
     to_units,
@@ -106,7 +106,7 @@ class Ruler:
         self.pitches = np.stack(pitches)  # (templates,)
         self.templates = self.shape(np.stack(energies))  # (templates, bands)
         self.quiet = 0.3 * min(energy.sum() for energy in energies)  # less energy is silence
-        self.mouth_reader = MouthReader(Config(image=cfg.image))
+        self.mouth_reader = mouth_reader(cfg.image)
 
     def energies(self, samples: np.ndarray) -> np.ndarray:
         """Samples (..., H hop) -> energies of bands of 128 Hz around the H - 1 borders of hops."""
