@@ -43,13 +43,13 @@ Axes                                        Symbols
   E  values of a latent frame: all of         v    velocity; its target for data is
      video, then all of audio                      x - noise
 
-The network predicts v, and a denoising step is x_{t+d} = x_t + d v. All losses compare
+The network returns v, and a denoising step is x_{t+d} = x_t + d v. All losses compare
 velocities, except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk
 latent frames. Times and step sizes are (B, S, 1): video and audio share them. A tensor of
 tokens is (2, B, S, N, D): its first axis is the branch, 0 for video and 1 for audio.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
-  x_t is added again to the output            v has noise of more values than D can hold
+  video's head predicts clean latents         v has noise of more values than D can hold
   the transcript is added to the tokens       each symbol's time is known: no cross-attention
   a character is named, not described         the drawn world has no more to say
   video's VAE encodes frames one by one       two frames encoded at once share one mouth
@@ -455,9 +455,8 @@ class AudioVideoTransformer(nn.Module):
         self.head_modulation = nn.Linear(width, 2 * width)
         sizes = (cfg.video_dim, 2 * cfg.audio_dim)
         self.head = nn.ModuleList([nn.Linear(width, size) for size in sizes])
-        self.skip = nn.Linear(width, 1)  # see read_out()
         # Blocks start as the identity, and outputs at zero.
-        for layer in (self.modulation, self.head_modulation, self.skip, *self.head):
+        for layer in (self.modulation, self.head_modulation, *self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -493,18 +492,19 @@ class AudioVideoTransformer(nn.Module):
             x = block(x, modulation, phases, functools.partial(attend, layer))
         return x
 
-    def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor) -> Tensor:
-        """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) -> v (B, S, E).
+    def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) at t -> v (B, S, E).
 
         Our choice: v contains noise, whose independent values are more than the D of a
-        token, so they cannot pass through the blocks. Therefore x_t is added again: in
-        video times a number predicted from the conditioning, in audio times a factor
-        that the token predicts for each value, as a Wiener filter does, because a hiss
-        is noise, too.
+        token, so they cannot pass through the blocks. Therefore the video head predicts
+        the clean latents, which determine v. Sound is noise in part (a hiss), so its
+        head predicts a factor for each value of x_t, as a Wiener filter does, and an
+        offset.
         """
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video, audio = split(self.cfg, x_t)
-        v_video = self.head[0](x[0]).float() + self.skip(conditioning).float() * video
+        remaining = (1 - t)[..., None].clamp(min=0.05)  # near data, errors would be enlarged
+        v_video = (self.head[0](x[0]).float() - video) / remaining
         offset, factor = self.head[1](x[1]).float().chunk(2, -1)
         return join(v_video, offset + factor * audio)
 
@@ -534,7 +534,7 @@ class AudioVideoTransformer(nn.Module):
         positions = F.pad(positions, (1, 0), value=-1).to(x.device)
         attend = ParallelAttention(self.cfg, s, chunk, history is not None, coupled)
         x = self.run_blocks(x, conditioning, positions, attend)
-        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t)
+        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t, t)
 
     @torch.no_grad()
     def start(self, controls: Controls) -> KVCache:
@@ -550,7 +550,7 @@ class AudioVideoTransformer(nn.Module):
 
         x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E).
         """
-        return self.read_out(*self.pass_chunk(x_t, t, d, controls, cache, cache.attend), x_t)
+        return self.read_out(*self.pass_chunk(x_t, t, d, controls, cache, cache.attend), x_t, t)
 
     @torch.no_grad()
     def commit(self, x: Tensor, controls: Controls, cache: KVCache) -> None:
