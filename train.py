@@ -50,8 +50,8 @@ class Plan(NamedTuple):
 STAGES = {
     "codec": Plan(36000, 2e-3, (0.5,), 4),  # stage 0: the video codec
     "unimodal": Plan(1500),  # stage 1: both branches, each alone
-    "joint": Plan(24000),  # stage 2
-    "mutual": Plan(800, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
+    "joint": Plan(22000),  # stage 2
+    "mutual": Plan(1000, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
 LOG_EVERY = 20  # steps
