@@ -3,13 +3,14 @@ streams a talking character, picture and sound together, in 4 or 8 denoising ste
 Each part uses only what stands above it.
 
 The paper in six sentences. A transformer with a video and an audio branch, joined by one
-self-attention, generates a film chunk by chunk, and keeps what it generated in a KV cache.
-One set of weights serves two modes. The multi-step mode predicts the instantaneous velocity
-of a flow from noise to data, for about 50 small steps; the few-step mode predicts the
-average velocity over an interval, for 4 or 8 large steps. Stage 1 trains both branches
-without sight of each other, and stage 2 couples them, both on real history. In stage 3, Mutual Forcing, the few-step mode
-generates its own history, and the multi-step mode learns the real chunk that follows it.
-Then the multi-step mode teaches the few-step mode, by ShortCut and DMD.
+self-attention, generates a film chunk by chunk, and keeps what it generated in a KV
+cache. One set of weights serves two modes. The multi-step mode predicts the instantaneous
+velocity of a flow from noise to data, for about 50 small steps; the few-step mode
+predicts the average velocity over an interval, for 4 or 8 large steps. Stage 1 trains
+both branches without sight of each other, and stage 2 couples them, both on real history.
+In stage 3, Mutual Forcing, the few-step mode generates its own history, and the
+multi-step mode learns the real chunk that follows it. Then the multi-step mode teaches
+the few-step mode, by ShortCut and DMD.
 
 The stages in code, as train.py calls them (stage 0 trains the video codec, data/codecs.py).
 A history is a clean clip as long as x; a chunk sees of it only the chunks before its own.
@@ -487,7 +488,7 @@ class AudioVideoTransformer(nn.Module):
         return torch.stack([video, absent[1].to(video)]) + self.place, conditioning
 
     def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
-        """Tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v): see Block.forward()."""
+        """Pass tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v): see Block."""
         modulation, phases = self.modulation(conditioning), rotary_phases(self.cfg, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, phases, functools.partial(attend, layer))
