@@ -213,28 +213,25 @@ sys.exit(train.main(sys.argv[1:], lambda cfg: small_codecs(cfg).float()))
 """
 
 
-def run_processes(script: Path, count: int, words: str, out: Path):
-    """Train in float64 in so many processes; returns the weights that each ends with."""
+def run_two_processes(script: Path, words: str, out: Path):
+    """Train in float64 in two processes; returns the weights that each ends with."""
     script.write_text(CHILD)
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    command = [sys.executable, *(start if count > 1 else []), script, *SMALL.split()]
-    command += [*words.split(), "--seconds", "1", "--out", out]
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *start, script, *words.split(), "--out", out]
     env = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return [torch.load(out / f"weights{rank}") for rank in range(count)]
+    return [torch.load(out / f"weights{rank}") for rank in range(2)]
 
 
 def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
-    words = "--stage mutual --steps 2"
-    one, two = run_processes(tmp_path / "child.py", 2, words, tmp_path / "two")
+    words, out = f"{SMALL} --stage mutual --steps 2 --seconds 1", tmp_path / "two"
+    one, two = run_two_processes(tmp_path / "child.py", words, out)
     assert all(torch.equal(one[name], two[name]) for name in one)
     # The same in one loop: the losses of both ranks by their seeds, averaged.
     torch.set_default_dtype(torch.float64)
     try:
-        args = train.build_parser().parse_args(
-            [*SMALL.split(), *words.split(), "--seconds", "0.75"]
-        )
+        args = train.build_parser().parse_args(words.split())
         args.device, args.weights, args.real_is_whole = torch.device("cpu"), mf.WEIGHTS, False
         args.real = args.extra = None
         torch.manual_seed(0)
@@ -252,16 +249,17 @@ def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
                 losses, _ = train.losses_of(state, x, controls, args)
                 (sum(losses.values()) / 2).backward()
             train.update(state, args)
+        for name, weight in state.model.state_dict().items():
+            assert (weight - one[name]).abs().max() < 1e-6
+        # The run goes on in one process, from its first step.
+        content = checkpoint.load_file(out / "resume.pt") | {"step": 1}
+        checkpoint.save_file(out / "resume.pt", content)
+        (out / "mutual.png").unlink()
+        words = [*words.split(), "--resume", "--out", str(out)]
+        assert train.main(words, lambda cfg: small_codecs(cfg).float()) == 0
+        assert (out / "mutual.png").exists()
     finally:
         torch.set_default_dtype(torch.float32)
-    for name, weight in state.model.state_dict().items():
-        assert (weight - one[name]).abs().max() < 1e-6
-    # A run goes on in another number of processes.
-    resume = tmp_path / "two" / "resume.pt"
-    content = checkpoint.load_file(resume) | {"stage": "mutual", "step": 1}
-    checkpoint.save_file(resume, content)
-    run_processes(tmp_path / "child.py", 1, words + " --resume", tmp_path / "two")
-    assert checkpoint.load_file(tmp_path / "two" / "mutual.pt")["extra"]["step"] == 2
 
 
 def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_path, capsys):

@@ -175,8 +175,14 @@ def jobs_of(args) -> list[dict]:
     return jobs
 
 
-def score_arm(job: dict, args, results: dict, make_codecs) -> None:
-    """Train an arm, if need be, and enter one of its scores in the results."""
+def kind_of(job: dict) -> list:
+    """What is equal in the scores that are made together."""
+    return [job[name] for name in ("arm", "seed", "guidance", "seconds", "talkers")]
+
+
+def score_arm(jobs: list[dict], args, results: dict, make_codecs) -> None:
+    """Train an arm, if need be, and enter its scores of one kind in the results."""
+    job = jobs[0]
     name, seed = job["arm"], str(job["seed"])
     checkpoint = train_arm(name, job["seed"], args, make_codecs)
     model, codecs = load_talker(checkpoint, make_codecs)
@@ -188,7 +194,8 @@ def score_arm(job: dict, args, results: dict, make_codecs) -> None:
             strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
             replace_file(args.out / f"{name}.png", strip)
     films = {"seconds": job["seconds"], "talkers": job["talkers"]}
-    how = {"settings": [(job["mode"], job["steps"])], "guidance": job["guidance"]}
+    settings = [(job["mode"], job["steps"]) for job in jobs]
+    how = {"settings": settings, "guidance": job["guidance"]}
     for row in evaluate({name: (model, codecs)}, **how, **films)["rows"]:
         key = {"arm": row.pop("checkpoint"), "seed": job["seed"] if row["mode"] else None} | films
         key |= {name: row[name] for name in ("mode", "steps", "guidance", "control")}
@@ -323,10 +330,11 @@ def run(args, make_codecs) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     results = open_results(args)
     store(results, args.results)  # an error comes now, and not after hours
-    for job in tqdm(jobs_of(args), "scores", disable=None):
-        if not holds(results, job):
-            score_arm(job, args, results, make_codecs)
-            store(results, args.results)
+    missing = [job for job in jobs_of(args) if not holds(results, job)]
+    groups = [list(jobs) for _, jobs in groupby(missing, kind_of)]
+    for jobs in tqdm(groups, "scores", disable=None):
+        score_arm(jobs, args, results, make_codecs)
+        store(results, args.results)
     strips = [args.out / f"{name}.png" for name in SCORED]
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
