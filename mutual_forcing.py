@@ -71,7 +71,7 @@ from torch import Tensor, nn
 
 BRANCHES = ("video", "audio")
 DEFAULT_STEPS = {"few": 4, "multi": 50}  # denoising steps of a chunk in each mode
-WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; flow's: our choice
+WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; the paper leaves flow's open
 
 
 class UserError(ValueError):
@@ -632,8 +632,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
     codecs.video and codecs.audio decode latents, see Codecs in data/codecs.py. controls:
     an iterable of the Controls of each chunk, for at least so many seconds; each is read
     when its chunk is due, so that a transcript may come while the film runs
-    (data/controls.py makes them from text). mode: "few" or "multi"; training teaches the
-    few-step mode 4 and 8 steps. guidance: 1 is none. Memory does not grow with the
+    (data/controls.py makes them from text). mode: "few", which learned 4 and 8 steps, or
+    "multi"; steps: DEFAULT_STEPS[mode] unless given. guidance: 1 is none. Memory does not grow with the
     length. Sound comes a little later than its frames; the last chunk brings the rest.
     """
     cfg = model.cfg
@@ -825,8 +825,8 @@ def mutual_forcing_loss(
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
     teacher: the model's EMA copy, whose two modes teach (our choice). real_score: of
-    DMD, the EMA copy, or a bidirectional model; fake_score: a copy of it, which is
-    trained along on the few-step mode's films. weights: {term: weight}; of these terms,
+    DMD, the EMA copy, or a bidirectional model; fake_score: another model of that kind,
+    which learns the few-step mode's films along the way. weights: {term: weight}; of these terms,
     one of weight 0 or without weight is not computed. extra: a fork's own objectives,
     {term: objective}, objective(model, x, history, controls) -> (loss, logs), of weight
     1 unless `weights` says otherwise. steps: denoising steps of a chunk in the rollout.

@@ -445,6 +445,8 @@ def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
     assert list(losses) == ["flow", "mine"] and losses["mine"] == 3 and logs["mine"] == 3
     with pytest.raises(mf.UserError, match="two chunks"):
         stage3(chunks=1)
+    with pytest.raises(mf.UserError, match="unknown terms: DMD"):
+        stage3(weights={"DMD": 1})
 
 
 @pytest.mark.parametrize("self_made", [True, False])
@@ -533,6 +535,33 @@ def test_shortcut_targets_are_where_two_half_steps_of_a_known_flow_land():
     grids = [mf.time_grid(TINY, steps).flatten() for steps in (4, 8)]
     steps = torch.cat([torch.stack([grid[:-1], grid[1:]], 1) for grid in grids])
     assert torch.allclose(learned, steps.unique(dim=0), atol=1e-6)  # all of them, and no others
+
+
+def test_only_the_multi_step_mode_teaches_guidance():
+    x, history, controls = some_clip(b=50)
+    controls = controls._replace(character=torch.zeros(50).long())
+    told = []
+
+    def teach(z, t, d, given, *_):  # 1 with the character, 0 without
+        told.append(d)
+        return (given.character == 0)[:, None, None] * torch.ones_like(z)
+
+    learn = mock.Mock(cfg=TINY, side_effect=lambda z, *_: 0 * z)
+    teacher = mock.Mock(cfg=TINY, side_effect=teach)
+    with mock.patch.object(mf, "mean_square", side_effect=lambda term, cfg, error: error):
+        error = mf.shortcut_loss(learn, x, history, controls, teacher=teacher, guidance=3.0)
+    target = torch.where(told[0] == 0, 3.0, 1.0)
+    assert torch.allclose(-error, target.expand_as(x), atol=1e-5) and 1 < target.mean() < 3
+
+
+def test_the_fake_score_does_not_learn_the_real_chunk():
+    x, _, controls = some_clip()
+    x[:, : TINY.chunk] = 1000.0
+    zero = mock.Mock(cfg=TINY, side_effect=lambda x_t, *_: 0 * x_t)
+    nets = {"teacher": None, "real_score": zero, "fake_score": zero}
+    options = {"weights": {"dmd": 1}, "self_made": True}
+    losses, _ = mf.mutual_forcing_loss(lively(), x, controls, **nets, **options)
+    assert losses["fake"] < 1000  # 1000 squared, if chunk 0 were among the films
 
 
 def dmd_gradient(mean_real, mean_fake, times, generated=None):
