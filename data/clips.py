@@ -55,17 +55,6 @@ def decode_once(path: Path, cfg: Config, least: int, cache: Path) -> tuple[Clip,
     return open_cached(files), name
 
 
-def read_subtitles(path: Path, cfg: Config, frames: int) -> ndarray:
-    """Subtitles -> symbols (F,): what is said in each frame, unknown where the file does not tell.
-
-    Cues that are not taken are named on stderr. Raises OSError.
-    """
-    symbols, refused = read_transcript(path, cfg, frames)
-    if refused:
-        print(f"{path}: {refused}", file=sys.stderr)
-    return symbols
-
-
 def load_symbols(text: Path | None, cfg: Config, frames: int) -> tuple[ndarray, str]:
     """Symbols (margin + F + margin,) of a clip by its subtitles, and what of them is not used."""
     symbols, remark = np.full(frames, cfg.unknown), ""
