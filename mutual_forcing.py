@@ -44,13 +44,14 @@ Axes                                        Symbols
   E  values of a latent frame: all of         v    velocity; its target for data is
      video, then all of audio                      x - noise
 
-The network predicts v, and a denoising step is x_{t+d} = x_t + d v. All losses compare
+The network returns v, and a denoising step is x_{t+d} = x_t + d v. All losses compare
 velocities, except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk
 latent frames. Times and step sizes are (B, S, 1): video and audio share them. A tensor of
 tokens is (2, B, S, N, D): its first axis is the branch, 0 for video and 1 for audio.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
-  x_t is added again to the output            v has noise of more values than D can hold
+  video's head predicts clean latents         the noise in v would fill all D values
+  it copies from the film's first picture     clothes and background keep their look
   the transcript is added to the tokens       each symbol's time is known: no cross-attention
   a character is named, not described         the drawn world has no more to say
   video's VAE encodes frames one by one       two frames encoded at once share one mouth
@@ -82,9 +83,9 @@ class UserError(ValueError):
 class Config:
     """Every size of a model and of its latents. The defaults fit a laptop."""
 
-    width: int = 192  # D, values of a token
-    layers: int = 4
-    heads: int = 3  # H, heads of the joint self-attention
+    width: int = 256  # D, values of a token
+    layers: int = 3
+    heads: int = 4  # H, heads of the joint self-attention
     image: int = 64  # height and width of the picture in pixels
     fps: int = 16  # frames per second
     step_frames: int = 2  # frames of one latent frame
@@ -414,6 +415,7 @@ class KVCache:
     def __init__(self, cfg: Config):
         self.count, self.window = 0, cfg.window  # chunks committed; chunks kept
         self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S 2 N, P)
+        self.first_picture = None  # (B, 1, N, video_dim), see read_out()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = zip(*self.kept[layer], (k, v))
@@ -454,11 +456,10 @@ class AudioVideoTransformer(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.layers)])
         self.head_modulation = nn.Linear(width, 2 * width)
-        sizes = (cfg.video_dim, 2 * cfg.audio_dim)
+        sizes = (2 * cfg.video_dim, 2 * cfg.audio_dim)
         self.head = nn.ModuleList([nn.Linear(width, size) for size in sizes])
-        self.skip = nn.Linear(width, 1)  # see read_out()
         # Blocks start as the identity, and outputs at zero.
-        for layer in (self.modulation, self.head_modulation, self.skip, *self.head):
+        for layer in (self.modulation, self.head_modulation, *self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -494,20 +495,29 @@ class AudioVideoTransformer(nn.Module):
             x = block(x, modulation, phases, functools.partial(attend, layer))
         return x
 
-    def read_out(self, x: Tensor, conditioning: Tensor, x_t: Tensor) -> Tensor:
-        """Tokens (2, B, S, N, D) and their noised latents x_t (B, S, E) -> v (B, S, E).
+    def first_picture(self, controls: Controls, video_0: Tensor) -> Tensor:
+        """A film's first latent frame of video (B, S, N, video_dim): as given, else video_0,
+        which is that of its chunk 0, or zero before there is one."""
+        given = controls.has_first_frame[:, None, None, None]
+        return torch.where(given, controls.first_frame.to(video_0), video_0)
 
-        Our choice: v contains noise, whose independent values are more than the D of a
-        token, so they cannot pass through the blocks. Therefore x_t is added again: in
-        video times a number predicted from the conditioning, in audio times a factor
-        that the token predicts for each value, as a Wiener filter does, because a hiss
-        is noise, too.
+    def read_out(self, x, conditioning, x_t, t, first_picture) -> Tensor:
+        """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t.
+
+        Our choice: v contains noise, whose independent values are as many as the D of a
+        token, so they hardly pass through the blocks. Therefore the video head predicts
+        the clean latents, which determine v. It predicts them as an offset and, for each
+        value, a factor of the film's first picture: so what stands still is copied.
+        Sound is noise in part (a hiss). Its head predicts an offset and, for each value,
+        a factor of x_t, as a Wiener filter does.
         """
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
-        video, audio = split(self.cfg, x_t)
-        v_video = self.head[0](x[0]).float() + self.skip(conditioning).float() * video
+        video_t, audio_t = split(self.cfg, x_t)
+        offset, factor = self.head[0](x[0]).float().chunk(2, -1)
+        remaining = (1 - t)[..., None].clamp(min=0.05)  # near data, errors would be enlarged
+        v_video = (offset + factor * first_picture - video_t) / remaining
         offset, factor = self.head[1](x[1]).float().chunk(2, -1)
-        return join(v_video, offset + factor * audio)
+        return join(v_video, offset + factor * audio_t)
 
     def forward(self, x_t, t, d, controls, history=None, chunk=None, coupled=True) -> Tensor:
         """Parallel form: every chunk of a clip at once, each given the history before it.
@@ -525,9 +535,11 @@ class AudioVideoTransformer(nn.Module):
         t, d = t.expand(b, s, 1), d.expand(b, s, 1)
         text, character = self.text(controls.symbols), controls.character
         parts = [self.reference(controls)]
+        video_0 = x_t.new_zeros(b, s, self.cfg.tokens, self.cfg.video_dim)
         if history is not None:
             t_data, d_zero = torch.ones_like(t), torch.zeros_like(d)
             parts.append(self.embed_latents(history, t_data, d_zero, text, character))
+            video_0[:, chunk:] = split(self.cfg, history)[0][:, :1]
         parts.append(self.embed_latents(x_t, t, d, text, character))
         x = torch.cat([tokens for tokens, _ in parts], 2)
         conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
@@ -535,7 +547,8 @@ class AudioVideoTransformer(nn.Module):
         positions = F.pad(positions, (1, 0), value=-1).to(x.device)
         attend = ParallelAttention(self.cfg, s, chunk, history is not None, coupled)
         x = self.run_blocks(x, conditioning, positions, attend)
-        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t)
+        first_picture = self.first_picture(controls, video_0)
+        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t, t, first_picture)
 
     @torch.no_grad()
     def start(self, controls: Controls) -> KVCache:
@@ -543,6 +556,7 @@ class AudioVideoTransformer(nn.Module):
         cache = KVCache(self.cfg)
         no_time = torch.tensor([-1], device=self.device)
         self.run_blocks(*self.reference(controls), no_time, cache.commit)
+        cache.first_picture = self.first_picture(controls, 0 * controls.first_frame)
         return cache
 
     @torch.no_grad()
@@ -551,13 +565,16 @@ class AudioVideoTransformer(nn.Module):
 
         x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E).
         """
-        return self.read_out(*self.pass_chunk(x_t, t, d, controls, cache, cache.attend), x_t)
+        x, conditioning = self.pass_chunk(x_t, t, d, controls, cache, cache.attend)
+        return self.read_out(x, conditioning, x_t, t, cache.first_picture)
 
     @torch.no_grad()
     def commit(self, x: Tensor, controls: Controls, cache: KVCache) -> None:
-        """Write the keys and values of the finished chunk x to the cache, at t = 1 and d = 0."""
+        """Write the finished chunk x to the cache: its keys and values at t = 1 and d = 0."""
         t = torch.ones(1, 1, 1, device=x.device)
         self.pass_chunk(x, t, torch.zeros_like(t), controls, cache, cache.commit)
+        if cache.count == 0:
+            cache.first_picture = self.first_picture(controls, split(self.cfg, x)[0][:, :1])
         cache.count += 1
 
     def pass_chunk(self, x_t, t, d, controls, cache, attend) -> tuple[Tensor, Tensor]:

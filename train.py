@@ -17,12 +17,11 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import mutual_forcing as mf
 from data import runs
-from data.batches import Batches, film_batch, frames_of
+from data.batches import Batches, frames_of
 from data.checkpoint import (
     load_checkpoint,
     makes_films,
@@ -49,17 +48,16 @@ class Plan(NamedTuple):
 
 
 STAGES = {
-    "codec": Plan(36000, 2e-3, (0.5,), 4),  # stage 0: the video codec
+    "codec": Plan(48000, 2e-3, (0.5,), 4),  # stage 0: the video codec
     "unimodal": Plan(1500),  # stage 1: both branches, each alone
-    "joint": Plan(16000),  # stage 2
-    "mutual": Plan(600, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
+    "joint": Plan(38000),  # stage 2
+    "mutual": Plan(2000, 2e-4, (3.0,), 4, ema=0.99),  # stage 3
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
-NO_TRANSCRIPT = 0.6  # share of films without transcript, where most is to be learned
 LOG_EVERY = 20  # steps
 FAKE_RATE = 5  # times lr: the fake score has to keep up with the few-step mode
 # What may differ when a run is resumed; all else decides which weights it ends with.
-FREE = ("resume", "overwrite", "out", "preset", "data", "device", "workers", "save", "from_scratch")
+FREE = ("resume", "overwrite", "out", "preset", "data", "device", "save", "from_scratch")
 TINY = "--steps 24 --batch 3 --seconds 1.5 2 --save 12"
 TINY_SIZES = "--config width=64 layers=2 heads=1"
 
@@ -130,20 +128,21 @@ def autocast(args):
     return torch.autocast(args.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def train_step(state: State, films, args) -> dict[str, float]:
+def train_step(state: State, batches: Batches, args) -> dict[str, float]:
     """One training step -> values to log. Raises UserError if a gradient is not finite."""
     for index in range(args.accumulate):
-        batch, chance = next(films)
+        turn = state.step * args.accumulate + index
         seed = np.random.SeedSequence([*state.seed, state.step, index])
         torch.manual_seed(int(seed.generate_state(1)[0]))
         with autocast(args):
             if state.stage == "codec":
                 # Two frames of each film: many people are worth more than many frames.
                 # The last two, because no film begins in a blink or with an open mouth.
-                loss, logs = state.model.loss(batch.frames[:, -2:].to(args.device))
+                frames = batches.films(turn).frames[:, -2:]
+                loss, logs = state.model.loss(frames.to(args.device))
                 losses = {"codec": loss}
             else:
-                x, controls = film_batch(state.model, state.codecs, batch, chance, NO_TRANSCRIPT)
+                x, controls = batches.latents(turn, state.codecs, args.device)
                 losses, logs = losses_of(state, x, controls, args)
         (sum(losses.values()) / args.accumulate).backward()
     logs["loss"] = sum(loss.item() for loss in losses.values())
@@ -184,15 +183,12 @@ def train_stage(state: State, args) -> None:
     steps, seconds, batch = state.plan.steps, state.plan.seconds, state.plan.batch
     draw = drawer(args.clips, state.stage)
     batches = Batches(state.cfg, draw, state.seed, seconds, batch, args.accumulate)
-    turns = range(state.step * args.accumulate, steps * args.accumulate)
-    ahead = {"num_workers": args.workers, "worker_init_fn": runs.ignore_interrupts}
-    films = iter(DataLoader(batches, batch_size=None, sampler=turns, **ahead))
     hidden = not is_first or None
     bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=hidden)
     with bar, delayed_interrupt() as interrupted:
         while state.step < steps:
             began = time.perf_counter()
-            logs = train_step(state, films, args)
+            logs = train_step(state, batches, args)
             logs["seconds"] = time.perf_counter() - began
             bar.update()
             bar.set_postfix(loss=f"{logs['loss']:.3f}")
@@ -259,8 +255,8 @@ def check(args, cfg: Config, stages: list[str]) -> None:
     weights = args.weights.values()
     if not any(weights) or not all(0 <= x <= 1000 for x in [*weights, args.guidance]):
         raise UserError("weights of objectives and --guidance are 0 to 1000; not all weights are 0")
-    if not 0 <= args.seed < 2**63 or args.workers < 0:
-        raise UserError("--seed is between 0 and 2^63, --workers at least 0")
+    if not 0 <= args.seed < 2**63:
+        raise UserError("--seed is between 0 and 2^63")
     for stage in stages:
         plan, chunks = plan_of(args, stage), {"codec": 1, "mutual": 3}.get(stage, 2)
         least = chunks * cfg.chunk_seconds
@@ -357,7 +353,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="default 0")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--precision", choices=("fp32", "bf16"), help="default: bf16 where the device has it")
-    add("--workers", type=int, default=0, help="processes that draw films ahead; default 0")
     add("--save", type=int, default=500, metavar="STEPS", help="between checkpoints; default 500")
     return parser
 

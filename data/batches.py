@@ -1,11 +1,13 @@
-"""Batches for training: films drawn by seed, encoded, and with some of their controls dropped."""
+"""Batches for training: films drawn by seed, encoded once, with some of their controls dropped."""
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from data.codecs import Codecs, Film, encode_films, stack
 from mutual_forcing import Config, Controls
+
+KEPT = 4000  # passes of a stage; their latents take 1.6 GB
+DROPPED = {"transcript": 0.6, "character": 0.3, "first frame": 0.5}  # shares of the films
 
 
 def frames_of(cfg: Config, seconds: float) -> int:
@@ -13,44 +15,48 @@ def frames_of(cfg: Config, seconds: float) -> int:
     return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
 
 
-class Batches(Dataset):
-    """The films of each pass of a training stage.
+class Batches:
+    """What each pass (turn) of a training stage gets: a function of seed and turn alone.
 
-    Item `turn` is a function of seed and turn alone, so that a run can go on from
-    anywhere: films (stacked, see data.codecs.stack) and numbers in 0..1 (3, B), by
-    which film_batch() drops controls. draw(cfg, rng, frames) -> Film; seconds: lengths,
+    So a run can go on from anywhere. draw(cfg, rng, frames) -> Film; seconds: lengths,
     in turn from step to step; batch: films of the first length, of longer ones so many
-    fewer that a step costs the same.
+    fewer that a step costs the same; passes: of a step; kept: passes whose latents are
+    kept in memory.
     """
 
-    def __init__(self, cfg: Config, draw, seed: list[int], seconds, batch: int, passes: int):
+    def __init__(self, cfg: Config, draw, seed, seconds, batch: int, passes=1, kept=KEPT):
         self.cfg, self.draw, self.seed = cfg, draw, seed
         self.seconds, self.batch, self.passes = seconds, batch, passes
+        self.kept, self.encoded = kept, {}
 
-    def __getitem__(self, turn: int) -> tuple[Film, torch.Tensor]:
+    def films(self, turn: int) -> Film:
+        """New films, stacked."""
         seconds = self.seconds[turn // self.passes % len(self.seconds)]
         batch = max(1, round(self.batch * self.seconds[0] / seconds))
-        rng = np.random.default_rng([*self.seed, turn])
-        frames = frames_of(self.cfg, seconds)
-        films = [self.draw(self.cfg, rng, frames) for _ in range(batch)]
-        return stack(films), torch.from_numpy(rng.random((3, batch)))
+        rng, frames = np.random.default_rng([*self.seed, turn]), frames_of(self.cfg, seconds)
+        return stack([self.draw(self.cfg, rng, frames) for _ in range(batch)])
 
+    def latents(self, turn: int, codecs: Codecs, device) -> tuple[torch.Tensor, Controls]:
+        """Latents (B, S, E) and controls. The films of the first passes serve later ones, too.
 
-def film_batch(model, codecs: Codecs, films: Film, chance: torch.Tensor, no_transcript: float):
-    """Films -> latents (B, S, E) and controls on the model's device, some controls
-    dropped by chance.
-
-    Guidance and films without transcript need it. Dropped are the transcript in the
-    share no_transcript of the films, the character in 0.3 and the first frame in 0.5.
-    """
-    films = Film(*[part.to(model.device) for part in films])
-    x, controls = encode_films(model.cfg, codecs, films)
-    limits = torch.tensor([[no_transcript], [0.3], [0.5]], dtype=chance.dtype)
-    has_text, has_character, has_first_frame = (chance >= limits).to(model.device)
-    null = controls.dropped(model.cfg)
-    return x.to(model.place.dtype), Controls(
-        symbols=torch.where(has_text[:, None], controls.symbols, null.symbols),
-        character=torch.where(has_character, controls.character, null.character),
-        first_frame=controls.first_frame,
-        has_first_frame=has_first_frame,
-    )
+        To draw and encode films takes nearly as long as to learn from them. Each time
+        other controls are dropped, by chance: guidance and films without transcript
+        need it.
+        """
+        key = turn % self.kept
+        if key not in self.encoded:
+            films = Film(*[part.to(device) for part in self.films(key)])
+            x, controls = encode_films(self.cfg, codecs, films)
+            small = controls._replace(first_frame=controls.first_frame.half())
+            self.encoded[key] = [part.cpu() for part in (x.half(), *small)]
+        x, *parts = [part.to(device) for part in self.encoded[key]]
+        controls, null = Controls(*parts), Controls(*parts).dropped(self.cfg)
+        chance = np.random.default_rng([*self.seed, turn, 1]).random((3, len(x)))
+        given = torch.from_numpy(chance > np.array(list(DROPPED.values()))[:, None]).to(device)
+        has_transcript, has_character, has_first_frame = given
+        return x.float(), Controls(
+            symbols=torch.where(has_transcript[:, None], controls.symbols, null.symbols),
+            character=torch.where(has_character, controls.character, null.character),
+            first_frame=controls.first_frame.float(),
+            has_first_frame=has_first_frame,
+        )

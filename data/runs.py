@@ -2,7 +2,6 @@
 
 import fcntl
 import os
-import signal
 import subprocess
 import sys
 import warnings
@@ -156,9 +155,3 @@ def begin_log(log: Path, content: dict | None) -> None:
     else:
         log.with_name("resume.pt").unlink(missing_ok=True)
         log.write_text("")
-
-
-def ignore_interrupts(_) -> None:
-    """For the processes that draw films: Ctrl-C and SIGTERM are for the one that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -26,9 +26,9 @@ import mutual_forcing as mf
 import sample
 import train
 from data import checkpoint, runs
-from data.batches import Batches, film_batch
+from data.batches import Batches
 from data.clips import drawer, fingerprint, load_clips
-from data.codecs import AudioCodec, Codecs, VideoCodec, encode_films, stack
+from data.codecs import AudioCodec, Codecs, Film, VideoCodec, encode_films, stack
 from data.controls import spell
 from data.decoding import ClipError, decode_clip
 from data.pictures import read_picture
@@ -129,6 +129,25 @@ def test_latents_of_the_video_codec_have_unit_variance_after_stage_0():
     by_channel = first_frames.movedim(3, 0).flatten(1)
     assert by_channel.mean(1).abs().max() < 0.15
     assert (by_channel.std(1) - 1).abs().max() < 0.15
+
+
+def test_latents_that_are_kept_serve_later_passes_with_other_controls():
+    codecs = small_codecs(TINY)
+    batches = Batches(TINY, talk, [0, 1, 2], [1.0, 2.0], 8, kept=4)
+    (x, controls), (later, later_controls) = (batches.latents(i, codecs, "cpu") for i in (1, 5))
+    assert len(batches.encoded) == 1 and torch.equal(x, later) and len(x) == 4
+    assert not torch.equal(controls.has_first_frame, later_controls.has_first_frame)
+    # A run that goes on from here, with nothing kept yet, has the same.
+    again, again_controls = Batches(TINY, talk, [0, 1, 2], [1.0, 2.0], 8, kept=4).latents(
+        5, codecs, "cpu"
+    )
+    assert torch.equal(again, later)
+    assert all(torch.equal(*pair) for pair in zip(again_controls, later_controls))
+    other, _ = batches.latents(2, codecs, "cpu")
+    assert other.shape != x.shape
+    films = Film(*[part[:4] for part in batches.films(1)])
+    latents, _ = encode_films(TINY, codecs, films)
+    assert (latents - x).abs().max() < 0.01
 
 
 def test_spectra_of_sound_are_orthogonal_and_have_unit_variance():
@@ -243,8 +262,8 @@ def test_two_processes_average_the_gradients_of_their_own_films(tmp_path):
         for step in range(2):
             for rank in range(2):
                 seed = [args.seed, list(train.STAGES).index("mutual"), rank]
-                batches = Batches(model.cfg, talk, seed, [1.0], 3, 1)
-                x, controls = film_batch(state.model, codecs, *batches[step], train.NO_TRANSCRIPT)
+                batches = Batches(model.cfg, talk, seed, [1.0], 3)
+                x, controls = batches.latents(step, codecs, "cpu")
                 seed = np.random.SeedSequence([*seed, step, 0])
                 torch.manual_seed(int(seed.generate_state(1)[0]))
                 losses, _ = train.losses_of(state, x, controls, args)

@@ -29,7 +29,7 @@ import mutual_forcing as mf
 import sample
 import train
 from data import runs
-from data.batches import Batches, film_batch
+from data.batches import Batches
 from data.codecs import make_codecs
 from data.controls import stream_film
 from data.talker import talk
@@ -195,7 +195,7 @@ def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, 
     is_bf16 = runs.native_precision(device) == torch.bfloat16
     args.precision = "bf16" if is_bf16 else "fp32"
     state = train.State(*sample.load_talker(checkpoint, make_codecs), stage, args)
-    batches = Batches(state.cfg, talk, state.seed, [seconds], batch, 1)
+    batches = Batches(state.cfg, talk, state.seed, [seconds], batch)
 
     def loss_of(x, controls):
         with train.autocast(args):
@@ -203,10 +203,8 @@ def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, 
 
     laps = [clock(device)]
     for turn in range(4):  # the first warms up
-        films, chance = batches[turn]
-        laps.append(clock(device))
         with train.autocast(args):
-            given = film_batch(state.model, state.codecs, films, chance, train.NO_TRANSCRIPT)
+            given = batches.latents(turn, state.codecs, device)
         laps.append(clock(device))
         loss = loss_of(*given)
         laps.append(clock(device))
@@ -216,10 +214,10 @@ def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, 
         laps.append(clock(device))
     peak, spent = memory(device, peak=True), np.diff(laps).reshape(4, -1)
     parts = 1000 * np.median(spent[1:], 0)
-    names = ("draw_ms", "encode_ms", "forward_ms", "backward_ms", "optimizer_ms")
+    names = ("films_ms", "forward_ms", "backward_ms", "optimizer_ms")
     row = dict(zip(names, parts)) | {"step_ms": parts.sum(), "peak_memory_mb": peak}
     limit_ms = 1000 * seconds_alone(matrix_products(lambda: loss_of(*given).backward()), device)
-    return row | {"limit_share": limit_ms / parts[2:4].sum()}
+    return row | {"limit_share": limit_ms / parts[1:3].sum()}
 
 
 MEASURES = {"start-up": start_up_row, "film": film_row, "training step": training_row}

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import mutual_forcing as mf
 import train
 from data import runs
-from data.batches import Batches, film_batch
+from data.batches import Batches
 from data.checkpoint import load_checkpoint, replace_file
 from data.codecs import make_codecs
 from data.controls import stream_film
@@ -129,8 +129,7 @@ def likeness(model, codecs) -> list[float]:
     """How alike the two modes are: cosine of attention outputs on the same chunks, by layer."""
     cfg, cosines = model.cfg, []
     seed = [0, len(train.STAGES), 0]  # no stage draws these films
-    films, chance = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8, 1)[0]
-    x, controls = film_batch(model, codecs, films, chance, 0.5)
+    x, controls = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8).latents(0, codecs, "cpu")
     t, stop = mf.time_grid(cfg, 4).to(x)[1:3]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     x_t = mf.add_noise(x, noise, t)
