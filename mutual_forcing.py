@@ -18,22 +18,17 @@ A history is a clean clip as long as x; a chunk sees of it only the chunks befor
     # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3. In mutual_forcing_loss() these parts have the same numbers:
-    #   1. states, generated = rollout(model, x, controls, times)   the few-step mode
-    #      history = states[-1]                                     generates
-    #   2. flow_matching_loss(model, x, history, controls)          the multi-step mode learns
-    #   3. shortcut_loss(model, x, history, controls, teacher=ema)  it teaches the few-step
-    #   4. dmd_loss(model, states, history, controls, ...)          mode, and so does DMD
-    losses, logs = mutual_forcing_loss(
-        model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
-    )
+    # Stage 3: the few-step mode generates the history (rollout), the multi-step mode
+    # learns the real chunk after it (flow_matching_loss), and teaches the few-step mode
+    # (shortcut_loss, dmd_loss). The teacher is the model's slow copy, ema.
+    nets = {"teacher": ema, "real_score": ema, "fake_score": fake_score}
+    losses, logs = mutual_forcing_loss(model, x, controls, **nets)
     # Self-Forcing, for comparison: DMD alone. Both scores are bidirectional models, which
     # have one chunk as long as the clip, and therefore no history.
     loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
-    losses, logs = mutual_forcing_loss(
-        model, x, controls, teacher=None, real_score=bidirectional, fake_score=fake_score,
-        weights={"dmd": 1}, bidirectional=True
-    )
+    nets = {"teacher": None, "real_score": bidirectional, "fake_score": fake_score}
+    options = {"weights": {"dmd": 1}, "bidirectional": True}
+    losses, logs = mutual_forcing_loss(model, x, controls, **nets, **options)
 
 Axes                                        Symbols
   B  films in a batch                         x    clean latents
@@ -176,10 +171,7 @@ def warp(u: Tensor, shift: float) -> Tensor:
 
 
 def time_grid(cfg: Config, steps: int) -> Tensor:
-    """Times from 0 to 1 of a sampler with so many steps: (steps + 1, 1, 1, 1).
-
-    A time of the grid is then (1, 1, 1), as t of other places is (B, S, 1).
-    """
+    """Times of a sampler with so many steps, from 0 to 1: (steps + 1, 1, 1, 1)."""
     if not 1 <= steps <= 1000:
         raise UserError(f"steps must be between 1 and 1000, not {steps}")
     return warp(torch.linspace(0, 1, steps + 1), cfg.shift)[:, None, None, None]
@@ -496,20 +488,21 @@ class AudioVideoTransformer(nn.Module):
         return x
 
     def first_picture(self, controls: Controls, video_0: Tensor) -> Tensor:
-        """A film's first latent frame of video (B, S, N, video_dim): as given, else video_0,
-        which is that of its chunk 0, or zero before there is one."""
+        """The film's first latent frame of video, if given, else video_0 (B, S, N, video_dim)."""
         given = controls.has_first_frame[:, None, None, None]
         return torch.where(given, controls.first_frame.to(video_0), video_0)
 
     def read_out(self, x, conditioning, x_t, t, first_picture) -> Tensor:
         """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t.
 
-        Our choice: v contains noise, whose independent values are as many as the D of a
-        token, so they hardly pass through the blocks. Therefore the video head predicts
-        the clean latents, which determine v. It predicts them as an offset and, for each
-        value, a factor of the film's first picture: so what stands still is copied.
-        Sound is noise in part (a hiss). Its head predicts an offset and, for each value,
+        Our choice: v contains noise, and a token has as many independent values of it as
+        the width, so they hardly pass through the blocks. Therefore the video head
+        predicts the clean latents, which determine v: an offset and, for each value, a
+        factor of the film's first picture, which copies what stands still. Sound itself
+        is noise in part (a hiss). Its head predicts v as an offset and, for each value,
         a factor of x_t, as a Wiener filter does.
+
+        first_picture: see first_picture(), of chunk 0; zero in chunk 0 itself.
         """
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video_t, audio_t = split(self.cfg, x_t)
@@ -614,28 +607,32 @@ def guided_step(model, x_t, t, d, variants, guidance) -> Tensor:
 
 
 @torch.no_grad()
-def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, first_chunk=None):
+def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, clip=None):
     """Generate films through the cache; yields the states of each chunk (see denoise()).
 
     controls: any iterable of the Controls of each chunk, read when the chunk is due.
-    times (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. first_chunk: real
-    latents (B, cfg.chunk, E), which begin the films as they are.
+    times (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. clip: for training,
+    real latents (B, S, E), whose first chunk begins the films as it is. If times[0] is
+    above 0, each later chunk is begun from its real chunk, noised to that time.
     """
     cfg, times, caches = model.cfg, times.to(model.device), None
     device = generator.device if generator else model.device
-    for given in controls:
+    for index, given in enumerate(controls):
+        real = clip[:, index * cfg.chunk : (index + 1) * cfg.chunk] if clip is not None else None
         variants = [given] if guidance == 1 else [given, given.dropped(cfg)]
         caches = caches or [model.start(variant) for variant in variants]
         variants = list(zip(variants, caches))
-        if caches[0].count == 0 and first_chunk is not None:
-            states = [first_chunk] * len(times)  # never noised; the objectives leave it out
+        if index == 0 and real is not None:
+            states = [real] * len(times)  # never noised; the objectives leave it out
         else:
             # A CPU generator's noise is the same on every device.
             shape = len(given.character), cfg.chunk, cfg.latent_values
             noise = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
             options = {"variants": variants, "guidance": guidance}
             velocity = functools.partial(guided_step, model, **options)
-            states = denoise(velocity, noise.to(model.device), times, few)
+            x_t = noise.to(model.device)
+            x_t = x_t if real is None else add_noise(real, x_t, times[0])
+            states = denoise(velocity, x_t, times, few)
         yield states
         # Only now, because no chunk may follow.
         for variant, cache in variants:
@@ -650,8 +647,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
     an iterable of the Controls of each chunk, for at least so many seconds; each is read
     when its chunk is due, so that a transcript may come while the film runs
     (data/controls.py makes them from text). mode: "few", which learned 4 and 8 steps, or
-    "multi"; steps: DEFAULT_STEPS[mode] unless given. guidance: 1 is none. Memory does not grow with the
-    length. Sound comes a little later than its frames; the last chunk brings the rest.
+    "multi"; steps: DEFAULT_STEPS[mode] unless given. guidance: 1 is none. Sound comes a
+    little later than its frames; the last chunk brings the rest.
     """
     cfg = model.cfg
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
@@ -816,7 +813,7 @@ def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Te
     """
     cfg = model.cfg
     if self_made:
-        films = generate(model, controls.chunks(cfg), times, first_chunk=x[:, : cfg.chunk])
+        films = generate(model, controls.chunks(cfg), times, clip=x)
         states = [torch.cat(chunks, 1) for chunks in zip(*films)]
     else:
         velocity = functools.partial(model, controls=controls, history=x)
@@ -826,30 +823,32 @@ def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Te
 
 def mutual_forcing_loss(
     model,
-    x: Tensor,
-    controls: Controls,
+    x,
+    controls,
     *,
     teacher,
     real_score,
     fake_score,
-    weights: dict = WEIGHTS,
-    extra: dict | None = None,
-    steps: int = 4,
-    guidance: float = 1.0,
-    self_made: bool = True,
-    bidirectional: bool = False,
+    weights=WEIGHTS,
+    extra=None,
+    steps=4,
+    guidance=1.0,
+    self_made=True,
+    late=False,
+    bidirectional=False,
 ) -> tuple[dict, dict]:
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
     teacher: the model's EMA copy, whose two modes teach (our choice). real_score: of
-    DMD, the EMA copy, or a bidirectional model; fake_score: another model of that kind,
-    which learns the few-step mode's films along the way. weights: {term: weight}; of these terms,
-    one of weight 0 or without weight is not computed. extra: a fork's own objectives,
-    {term: objective}, objective(model, x, history, controls) -> (loss, logs), of weight
-    1 unless `weights` says otherwise. steps: denoising steps of a chunk in the rollout.
-    self_made: see rollout().
+    DMD, the EMA copy or a bidirectional model; fake_score: another one of that kind,
+    which learns the few-step mode's films along the way. weights: {term: weight}; a term
+    of weight 0, or of none, is not computed. extra: a fork's own objectives, {term:
+    objective(model, x, history, controls) -> (loss, logs)}, of weight 1 unless weights
+    says otherwise. steps: denoising steps of a chunk in the rollout. self_made: see
+    rollout(). late: its chunks begin at the second time of the grid, see generate().
     """
     cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
+    times = times[1:] if late else times
     if unknown := weights.keys() - WEIGHTS.keys() - (extra or {}).keys():
         raise UserError(f"weights of unknown terms: {', '.join(sorted(unknown))}")
     if x.shape[1] < 2 * cfg.chunk:

@@ -114,7 +114,8 @@ def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict
         # A rollout has 4 or 8 steps at random, the same in all processes.
         steps = int(np.random.default_rng([args.seed, state.step]).choice([4, 8]))
         options = {"weights": args.weights, "extra": args.extra, "guidance": args.guidance}
-        options |= {"self_made": args.history == "few", "bidirectional": args.real_is_whole}
+        options |= {"self_made": args.history != "real", "late": args.history == "late"}
+        options |= {"bidirectional": args.real_is_whole}
         return mf.mutual_forcing_loss(state.model, x, controls, steps=steps, **nets, **options)
     history, chunk = (None, x.shape[1]) if args.whole else (x, None)
     options = {"chunk": chunk, "coupled": state.stage != "unimodal"}
@@ -250,7 +251,7 @@ def check(args, cfg: Config, stages: list[str]) -> None:
         raise UserError(f"--stage {args.stage}: needs --init (the stage before), or --from-scratch")
     if args.whole and "mutual" in stages:
         raise UserError("--whole: is for a teacher's stages: unimodal and joint")
-    if "mutual" not in stages and (args.teacher or args.history == "real" or args.guidance != 1):
+    if "mutual" not in stages and (args.teacher or args.history != "few" or args.guidance != 1):
         raise UserError("--teacher, --history and --guidance: are for stage 3, mutual")
     weights = args.weights.values()
     if not any(weights) or not all(0 <= x <= 1000 for x in [*weights, args.guidance]):
@@ -344,7 +345,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, nargs="+", help="lengths of films, in turn; not of stage codec")
     add("--lr", type=float, help="learning rate")
     add("--accumulate", type=int, default=1, help="passes in a training step; default 1")
-    add("--history", choices=("few", "real"), default="few", help="stage 3: self-made, or real")
+    histories = "stage 3: self-made from noise, begun late from the real clip, or real"
+    add("--history", choices=("few", "late", "real"), default="few", help=histories)
     for term, weight in mf.WEIGHTS.items():
         add(f"--{term}", type=float, default=weight, help=f"stage 3: its weight, {weight:.2g}")
     add("--guidance", type=float, default=1.0, help="stage 3: in the few-step mode's targets")

@@ -29,6 +29,7 @@ from data.codecs import make_codecs
 from data.controls import stream_film
 from data.talker import talk
 from lab.evaluate import evaluate, markdown
+from lab.flow_map import flow_map_dmd
 from lab.ruler import FIGURES, windows_of
 from mutual_forcing import UserError
 from sample import load_talker
@@ -41,6 +42,7 @@ class Arm(NamedTuple):
     scores: list  # see SCORE
     seeds: int = 3  # at most so many
     needs: str | None = None  # an arm that is trained before, with the same seed
+    extra: dict | None = None  # objectives beside those of the module
 
 
 SCORE = ("mode", "steps", "guidance", "seconds")  # how the films of a score are made
@@ -73,6 +75,8 @@ ARMS = {
     "clips-of-1s": Arm(STAGE_2 + "--batch 12 --seconds 1 ", FAST, 1),
     "clips-of-3s": Arm(STAGE_2 + "--batch 4 --seconds 3 ", FAST, 1),
     "guidance-5": Arm(STAGE_3 + "--guidance 5 ", FAST, 1),
+    "hybrid-late": Arm(STAGE_3 + "--history late ", FAST + LONG, 1),
+    "no-fake-score": Arm(STAGE_3 + "--dmd 0 ", FAST, 3, extra={"flow_map": flow_map_dmd}),
 }
 SCORED = [name for name, arm in ARMS.items() if arm.scores]
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the Markdown file
@@ -82,7 +86,9 @@ def checksums(init: Path) -> dict:
     """Of what all results rest on: --init, and the code of the method and of the scores."""
     root, code = Path(__file__).parents[1], hashlib.sha256()
     files = [root / "mutual_forcing.py", root / "train.py", *sorted((root / "data").glob("*.py"))]
-    files += [root / "lab" / name for name in ("evaluate.py", "ruler.py", "looks.py")]
+    files += [
+        root / "lab" / name for name in ("evaluate.py", "ruler.py", "looks.py", "flow_map.py")
+    ]
     for path in files:
         code.update(path.name.encode() + path.read_bytes())
     return {"init": hashlib.sha256(init.read_bytes()).hexdigest(), "code": code.hexdigest()}
@@ -116,7 +122,7 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     words = [word.format(**paths) for word in options.split()]
     words += ["--seed", str(seed), "--out", str(folder), "--device", str(args.device)]
     words.append("--resume" if (folder / "resume.pt").exists() else "--overwrite")
-    code = train.main(words, make_codecs)
+    code = train.main(words, make_codecs, ARMS[name].extra)
     if code == 130:
         raise KeyboardInterrupt
     if code:

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from itertools import islice
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from data.codecs import make_codecs
 from data.controls import spell, stream_film
 from data.decoding import decode_clip
 from lab import benchmark, claims, evaluate, live, live_film, ruler, score_line
+from lab.flow_map import flow_map_dmd
 from mutual_forcing import AudioVideoTransformer, Config
 
 SIZES = {"width": 32, "layers": 2, "heads": 2, "image": 16, "video_dim": 32, "audio_dim": 32}
@@ -310,7 +312,7 @@ def test_every_arm_of_the_claims_is_a_command_of_train(tmp_path, monkeypatch):
     args, commands = claims.build_parser().parse_args(words), {}
     args.checksums, args.device = {}, "cpu"
 
-    def parse(words, _):
+    def parse(words, _, extra):
         parsed = train.build_parser().parse_args(words)
         commands[parsed.out.name.rsplit("-", 2)[0]] = parsed
         return 0
@@ -324,6 +326,28 @@ def test_every_arm_of_the_claims_is_a_command_of_train(tmp_path, monkeypatch):
     assert one.init == tmp_path / "codec.pt" and one.stage == "joint"
     assert one.steps == sum(train.STAGES[stage].steps for stage in ("unimodal", "joint"))
     assert commands["self-forcing"].teacher.parent.name.startswith("teacher-0-")
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.0, -2.0])  # of the data; the films' is 0
+def test_without_a_fake_score_films_move_toward_the_data(mean):
+    offset = torch.zeros(2, requires_grad=True)  # of the few-step mode's picture and sound
+    is_video = torch.arange(TINY.latent_values) < TINY.tokens * TINY.video_dim
+
+    def velocity(x_t, t, d, *_):
+        """Of the flow from noise to Gaussians: over an interval d of the films', else of the data's."""
+        end = t + d
+        few = x_t * (((end**2 + (1 - end) ** 2) / (t**2 + (1 - t) ** 2)) ** 0.5 - 1)
+        few = few / d.clamp(min=1e-9) + torch.where(is_video, *offset)
+        x = mean + (x_t - t * mean) * t / (t**2 + (1 - t) ** 2)  # E[x | x_t]
+        return torch.where(d == 0, (x - x_t) / (1 - t), few)
+
+    films, model = torch.randn(8, 12, TINY.latent_values), mock.Mock(cfg=TINY, side_effect=velocity)
+    loss, _ = flow_map_dmd(model, films, films, None)
+    loss.backward()
+    if mean:
+        assert (offset.grad * mean < -1e-3).all()
+    else:
+        assert offset.grad.abs().max() < 1e-3 and loss < 1e-4
 
 
 def test_claims(tmp_path, monkeypatch, capsys):
