@@ -7,28 +7,29 @@ self-attention, generates a film chunk by chunk, and keeps what it generated in 
 cache. One set of weights serves two modes. The multi-step mode predicts the instantaneous
 velocity of a flow from noise to data, for about 50 small steps; the few-step mode
 predicts the average velocity over an interval, for 4 or 8 large steps. Stage 1 trains
-both branches without sight of each other, and stage 2 couples them, both on real history.
-In stage 3, Mutual Forcing, the few-step mode generates its own history, and the
-multi-step mode learns the real chunk that follows it. Then the multi-step mode teaches
-the few-step mode, by ShortCut and DMD.
+both branches with no attention between them, and stage 2 couples them, both on real
+history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and the
+multi-step mode learns the real chunk that follows it. A slow copy of the weights, their
+exponential moving average (EMA), then teaches the few-step mode by ShortCut and DMD.
 
 The stages in code, as train.py calls them (stage 0 trains the video codec, data/codecs.py).
-A history is a clean clip as long as x; a chunk sees of it only the chunks before its own.
+A history is a clean clip as long as x; a chunk attends to earlier chunks of it alone.
 
     # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3: the few-step mode generates the history (rollout), the multi-step mode
-    # learns the real chunk after it (flow_matching_loss), and teaches the few-step mode
-    # (shortcut_loss, dmd_loss). The teacher is the model's slow copy, ema.
-    nets = {"teacher": ema, "real_score": ema, "fake_score": fake_score}
-    losses, logs = mutual_forcing_loss(model, x, controls, **nets)
+    # Stage 3: rollout() makes the history; flow_matching_loss(), shortcut_loss() and
+    # dmd_loss() follow.
+    losses, logs = mutual_forcing_loss(
+        model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
+    )
     # Self-Forcing, for comparison: DMD alone. Both scores are bidirectional models, which
     # have one chunk as long as the clip, and therefore no history.
     loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
-    nets = {"teacher": None, "real_score": bidirectional, "fake_score": fake_score}
-    options = {"weights": {"dmd": 1}, "bidirectional": True}
-    losses, logs = mutual_forcing_loss(model, x, controls, **nets, **options)
+    losses, logs = mutual_forcing_loss(
+        model, x, controls, teacher=None, real_score=bidirectional, fake_score=fake_score,
+        weights={"dmd": 1}, bidirectional=True
+    )
 
 Axes                                        Symbols
   B  films in a batch                         x    clean latents
@@ -39,19 +40,20 @@ Axes                                        Symbols
   E  values of a latent frame: all of         v    velocity; its target for data is
      video, then all of audio                      x - noise
 
-The network returns v, and a denoising step is x_{t+d} = x_t + d v. All losses compare
+The network returns v, and a denoising step is x_{t+d} = x_t + d v. (Inside it, video's
+head predicts clean latents, which read_out() converts to v.) All losses compare
 velocities, except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk
 latent frames. Times and step sizes are (B, S, 1): video and audio share them. A tensor of
 tokens is (2, B, S, N, D): its first axis is the branch, 0 for video and 1 for audio.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
-  video's head predicts clean latents         the noise in v would fill all D values
+  video's head predicts clean latents         the noise in v has as many values as D
   it copies from the film's first picture     clothes and background keep their look
   the transcript is added to the tokens       each symbol's time is known: no cross-attention
-  a character is named, not described         the drawn world has no more to say
+  a character is named, not described         the drawn world has nothing else to describe
   video's VAE encodes frames one by one       two frames encoded at once share one mouth
   sound has an exact MDCT, not a VAE          a hiss is noise, which no small VAE keeps
-  larger rate, smaller batches                millions of weights, and two cores
+  larger learning rate, smaller batches       a small model, trained on two cores
 Where the paper is silent, the code says "our choice". A user's mistake raises UserError.
 """
 
@@ -85,7 +87,7 @@ class Config:
     fps: int = 16  # frames per second
     step_frames: int = 2  # frames of one latent frame
     sample_rate: int = 8000  # samples per second
-    tokens: int = 4  # N, a square number: squares of the picture, hops of sound
+    tokens: int = 4  # N, a square number: patches of the picture, and as many hops of sound
     video_dim: int = 256  # values of a video token
     audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
@@ -164,8 +166,8 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 def warp(u: Tensor, shift: float) -> Tensor:
     """Even progress u in 0..1 -> time t in 0..1, for times of training and for sampling grids.
 
-    Our choice: a shift above 1 moves times toward noise. Values of a film are strongly
-    correlated, so what it shows is decided at small t already.
+    Our choice: with a shift above 1 more times are near noise. Values of a film are
+    strongly correlated, so what it shows is decided at small t.
     """
     return u / (u + shift * (1 - u))
 
@@ -185,7 +187,7 @@ def each_latent_frame(per_chunk: Tensor, chunk: int) -> Tensor:
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     """A time for each chunk to train clips x (B, S, E) at: (B, S, 1).
 
-    The progress is logit-normal, so few of the times are near noise or near data.
+    Their progress is logit-normal; warp() then moves them toward noise.
     """
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
     return each_latent_frame(warp(u, cfg.shift), chunk).to(x)
@@ -269,15 +271,15 @@ class TextEmbedding(nn.Module):
 def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of latent frames (S,) -> cosines and sines of their tokens, each (S 2 N, P / 2).
 
-    The 3-D rotary embedding: half of the pairs of a head rotate with time, in hops of
-    sound, and half with the row and the column in the picture. A position of -1 has no
-    time: its cosines and sines are zero, which erases that half of a key. Our choice:
+    The 3-D rotary embedding: of the pairs of a head, half rotate with time, in hops of
+    sound, a quarter with the row in the picture and a quarter with the column. A position
+    of -1 has no time: its cosines and sines are zero, and so is that half of a key. Our choice:
     each frequency of time makes whole rotations in cfg.clock seconds, so that positions
     stay bounded however long the film is.
     """
     period = cfg.clock * cfg.fps * cfg.tokens // cfg.step_frames  # in hops
     pairs = cfg.width // cfg.heads // 4
-    # Whole rotations of each pair in a period: from 2 to a quarter of the hops.
+    # Whole rotations of each pair in a period: from 2 to (hops in a period) / 4.
     rotations = torch.logspace(1, math.log2(period / 4), pairs, base=2).round().long()
     hops = torch.arange(cfg.tokens, device=positions.device)
     # Times of tokens, in hops: those of video lie at the start of their latent frame.
@@ -302,14 +304,14 @@ def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def without_time(k: Tensor) -> Tensor:
-    """Keys (..., P) without the half that rotates with time: alike from any distance."""
+    """Keys (..., P) without the half that rotates with time: alike from any distance in time."""
     time, place_1, _, place_2 = k.chunk(4, -1)  # first values of pairs, then second ones
     zero = torch.zeros_like(time)
     return torch.cat([zero, place_1, zero, place_2], -1)
 
 
 def normalise(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm, modulated: tokens x (2, B, S, N, D), shift and scale broadcast to it."""
+    """adaLN: layer norm, scale, shift. Tokens x (2, B, S, N, D); shift, scale broadcast to it."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:]), 1 + scale)
 
 
@@ -361,27 +363,26 @@ class ParallelAttention:
 
     The history is clean: t = 1 and d = 0. The reference is a latent frame that holds
     the first frame of the film. The sink is chunk 0 of the history once more: it keeps
-    the character's look and voice in view however short the window is. Sink and
-    reference have no time: the half of their keys that rotates with time is zero. So a
-    film of any length has no position that training never saw.
+    the character's look and voice in view when chunk 0 has left the window. The time
+    half of the keys of both is zero, so a long film has no distance in time that
+    training never saw.
     """
 
     def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
-        """length: S; coupled: whether the branches see each other (not in stage 1)."""
-        per_frame, history_length = 2 * cfg.tokens, chunk * has_history
-        self.sink = slice(per_frame, per_frame + per_frame * history_length)  # tokens of chunk 0
+        """length: S; chunk: its latent frames; coupled: whether branches see each other."""
+        per_frame, sink_length = 2 * cfg.tokens, chunk * has_history
+        self.sink = slice(per_frame, per_frame + per_frame * sink_length)  # tokens of chunk 0
 
         chunk_of = torch.arange(length) // chunk
-        age = chunk_of[:, None] - chunk_of  # by how many chunks a row is later than a column
+        age = chunk_of[:, None] - chunk_of  # the row's chunk minus the column's
         own, past = age == 0, (age > 0) & (age <= cfg.window)
         never, always = torch.zeros_like(own), own.new_ones(length, 1)
-        sink = (chunk_of > 0)[:, None].expand(length, history_length)
+        sink = (chunk_of > 0)[:, None].expand(length, sink_length)
         rows = [[sink, always, own]]
         if has_history:
             rows = [[sink, always, past | own, never], [sink, always, past, own]]
         mask = torch.cat([torch.cat(row, 1) for row in rows])
-        reference = torch.zeros_like(mask[:1])
-        reference[:, history_length] = True  # sees itself alone
+        reference = torch.arange(mask.shape[1])[None] == sink_length  # sees itself alone
         mask = torch.cat([reference, mask])  # of latent frames
 
         branch = torch.arange(2).repeat_interleave(cfg.tokens)
@@ -400,28 +401,26 @@ class KVCache:
     """Keys and values of finished chunks: the streaming context buffer (section 3.1).
 
     Each layer keeps those of [reference, sink, the last cfg.window chunks]. An
-    evaluation sees them and the current chunk. Keys are stored rotated: attention
-    depends only on the distance in time, and not on the order of the keys.
+    evaluation sees them and the current chunk. Keys are stored rotated, because
+    attention depends on differences in time alone.
     """
 
     def __init__(self, cfg: Config):
-        self.count, self.window = 0, cfg.window  # chunks committed; chunks kept
+        self.count, self.window = 0, cfg.window  # chunks committed; how many are kept
         self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S 2 N, P)
-        self.first_picture = None  # (B, 1, N, video_dim), see read_out()
+        self.video_0 = None  # (B, 1, N, video_dim), see read_out()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = zip(*self.kept[layer], (k, v))
         return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
 
     def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """attend(), and keep: the reference, then each chunk in the place of the oldest."""
+        """attend(), and keep the reference or a chunk; the oldest one leaves a full window."""
         seen, kept = self.attend(layer, q, k, v), self.kept[layer]
         if len(kept) == 1:  # chunk 0 becomes the sink, too
             kept.append((without_time(k), v))
-        if len(kept) < 2 + self.window:  # the reference, or a chunk of a window not yet full
-            kept.append((k, v))
-        else:
-            kept[2 + self.count % self.window] = (k, v)
+        kept.append((k, v))
+        del kept[2 : max(2, len(kept) - self.window)]
         return seen
 
 
@@ -441,15 +440,14 @@ class AudioVideoTransformer(nn.Module):
         self.embed = nn.ModuleList([nn.Linear(size, width) for size in sizes])
         self.text = TextEmbedding(cfg)
         self.place = nn.Parameter(0.02 * torch.randn(branch_shape))
-        # Stands in for a first frame that is not given, and for audio's reference.
+        # Tokens of the reference: video's if no first frame is given, audio's always.
         self.no_reference = nn.Parameter(0.02 * torch.randn(branch_shape))
         self.conditioning = Conditioning(width, len(cfg.characters) + 1)
         # Shared by blocks and branches (our choice).
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.layers)])
         self.head_modulation = nn.Linear(width, 2 * width)
-        sizes = (2 * cfg.video_dim, 2 * cfg.audio_dim)
-        self.head = nn.ModuleList([nn.Linear(width, size) for size in sizes])
+        self.head = nn.ModuleList([nn.Linear(width, 2 * size) for size in sizes])
         # Blocks start as the identity, and outputs at zero.
         for layer in (self.modulation, self.head_modulation, *self.head):
             nn.init.zeros_(layer.weight)
@@ -481,29 +479,26 @@ class AudioVideoTransformer(nn.Module):
         return torch.stack([video, absent[1].to(video)]) + self.place, conditioning
 
     def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
-        """Pass tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v): see Block."""
+        """Pass tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v), see Block."""
         modulation, phases = self.modulation(conditioning), rotary_phases(self.cfg, positions)
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, phases, functools.partial(attend, layer))
         return x
 
-    def first_picture(self, controls: Controls, video_0: Tensor) -> Tensor:
-        """The film's first latent frame of video, if given, else video_0 (B, S, N, video_dim)."""
-        given = controls.has_first_frame[:, None, None, None]
-        return torch.where(given, controls.first_frame.to(video_0), video_0)
-
-    def read_out(self, x, conditioning, x_t, t, first_picture) -> Tensor:
+    def read_out(self, x, conditioning, x_t, t, controls, video_0) -> Tensor:
         """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t.
 
-        Our choice: v contains noise, and a token has as many independent values of it as
-        the width, so they hardly pass through the blocks. Therefore the video head
-        predicts the clean latents, which determine v: an offset and, for each value, a
-        factor of the film's first picture, which copies what stands still. Sound itself
-        is noise in part (a hiss). Its head predicts v as an offset and, for each value,
-        a factor of x_t, as a Wiener filter does.
-
-        first_picture: see first_picture(), of chunk 0; zero in chunk 0 itself.
+        video_0 (B, S or 1, N, video_dim): the first latent frame of chunk 0, and zero
+        while chunk 0 itself is generated. Our choice: v contains noise, and a token as
+        many values of it as the width, so they hardly pass through the blocks. Therefore
+        the video head predicts the clean latents, and v follows from them and x_t. It
+        predicts an offset and, for each value, a factor of the film's first picture (the
+        first frame, if given, else video_0): so what stands still is copied. Sound is
+        noise in part (a hiss). Its head predicts v as an offset and, for each value, a
+        factor of x_t, as a Wiener filter does.
         """
+        given = controls.has_first_frame[:, None, None, None]
+        first_picture = torch.where(given, controls.first_frame.to(video_0), video_0)
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video_t, audio_t = split(self.cfg, x_t)
         offset, factor = self.head[0](x[0]).float().chunk(2, -1)
@@ -530,8 +525,7 @@ class AudioVideoTransformer(nn.Module):
         parts = [self.reference(controls)]
         video_0 = x_t.new_zeros(b, s, self.cfg.tokens, self.cfg.video_dim)
         if history is not None:
-            t_data, d_zero = torch.ones_like(t), torch.zeros_like(d)
-            parts.append(self.embed_latents(history, t_data, d_zero, text, character))
+            parts.append(self.embed_latents(history, 0 * t + 1, 0 * d, text, character))
             video_0[:, chunk:] = split(self.cfg, history)[0][:, :1]
         parts.append(self.embed_latents(x_t, t, d, text, character))
         x = torch.cat([tokens for tokens, _ in parts], 2)
@@ -540,8 +534,7 @@ class AudioVideoTransformer(nn.Module):
         positions = F.pad(positions, (1, 0), value=-1).to(x.device)
         attend = ParallelAttention(self.cfg, s, chunk, history is not None, coupled)
         x = self.run_blocks(x, conditioning, positions, attend)
-        first_picture = self.first_picture(controls, video_0)
-        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t, t, first_picture)
+        return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t, t, controls, video_0)
 
     @torch.no_grad()
     def start(self, controls: Controls) -> KVCache:
@@ -549,17 +542,17 @@ class AudioVideoTransformer(nn.Module):
         cache = KVCache(self.cfg)
         no_time = torch.tensor([-1], device=self.device)
         self.run_blocks(*self.reference(controls), no_time, cache.commit)
-        cache.first_picture = self.first_picture(controls, 0 * controls.first_frame)
+        cache.video_0 = torch.zeros_like(controls.first_frame)
         return cache
 
     @torch.no_grad()
     def step(self, x_t, t, d, controls: Controls, cache: KVCache) -> Tensor:
-        """One evaluation of the chunk that follows those in the cache, which only is read.
+        """One evaluation of the chunk that follows those in the cache, which is only read.
 
         x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E).
         """
         x, conditioning = self.pass_chunk(x_t, t, d, controls, cache, cache.attend)
-        return self.read_out(x, conditioning, x_t, t, cache.first_picture)
+        return self.read_out(x, conditioning, x_t, t, controls, cache.video_0)
 
     @torch.no_grad()
     def commit(self, x: Tensor, controls: Controls, cache: KVCache) -> None:
@@ -567,7 +560,7 @@ class AudioVideoTransformer(nn.Module):
         t = torch.ones(1, 1, 1, device=x.device)
         self.pass_chunk(x, t, torch.zeros_like(t), controls, cache, cache.commit)
         if cache.count == 0:
-            cache.first_picture = self.first_picture(controls, split(self.cfg, x)[0][:, :1])
+            cache.video_0 = split(self.cfg, x)[0][:, :1]
         cache.count += 1
 
     def pass_chunk(self, x_t, t, d, controls, cache, attend) -> tuple[Tensor, Tensor]:
@@ -612,8 +605,8 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
 
     controls: any iterable of the Controls of each chunk, read when the chunk is due.
     times (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. clip: for training,
-    real latents (B, S, E), whose first chunk begins the films as it is. If times[0] is
-    above 0, each later chunk is begun from its real chunk, noised to that time.
+    real latents (B, S, E), whose first chunk is taken as it is. If times[0] is above 0,
+    each later chunk is begun from its real chunk, noised to that time.
     """
     cfg, times, caches = model.cfg, times.to(model.device), None
     device = generator.device if generator else model.device
@@ -623,7 +616,7 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
         caches = caches or [model.start(variant) for variant in variants]
         variants = list(zip(variants, caches))
         if index == 0 and real is not None:
-            states = [real] * len(times)  # never noised; the objectives leave it out
+            states = [real] * len(times)  # real at every time; DMD leaves it out
         else:
             # A CPU generator's noise is the same on every device.
             shape = len(given.character), cfg.chunk, cfg.latent_values
@@ -634,7 +627,7 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
             x_t = x_t if real is None else add_noise(real, x_t, times[0])
             states = denoise(velocity, x_t, times, few)
         yield states
-        # Only now, because no chunk may follow.
+        # Only when another chunk is asked for: the caller may stop here.
         for variant, cache in variants:
             model.commit(states[-1], variant, cache)
 
@@ -672,9 +665,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
 
 
 # ---- The objectives ------------------------------------------------------------------
-# Each is a function that returns (loss, logs); dmd_loss() returns two losses. Training
-# drops some of the controls (data/batches.py), as guidance and films without transcript
-# need it.
+# Each returns (loss, logs); dmd_loss() returns two losses. data/batches.py drops controls at
+# random, for classifier-free guidance and for films without transcript.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
@@ -715,7 +707,7 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
     """A large step of the few-step mode must land where two half steps land (ShortCut, 3.3).
 
     x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8
-    steps (our choice: longer ones damage both modes). The halves of a step of 4 are steps
+    steps (our choice: longer steps damage both modes). The halves of a step of 4 are steps
     of 8, which the teacher's few-step mode takes; those of 8 its multi-step mode takes.
     """
     cfg = model.cfg
@@ -759,27 +751,25 @@ def dmd_loss(
 ) -> tuple[Tensor, Tensor, dict]:
     """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
 
-    states: of the sampler on `times`, generated on this history without gradient;
-    generated: bool (S,), the latent frames that it generated. bidirectional: the scores
-    see whole films and no history (Self-Forcing). Returns the loss, the fake score's
-    loss on these films, and logs.
+    states, generated: of rollout() on `times`; history: what the films were generated on
+    (self-made: states[-1]). bidirectional: the scores see whole films and no history
+    (Self-Forcing). Returns the loss, the fake score's loss on these films, and logs.
     """
     cfg = model.cfg
     score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
 
-    # 1. Take one denoising step k of all chunks again, now with gradient and in
-    #    parallel (our choice). The film equals the sampler's last state, but depends on
-    #    the weights through step k alone, which moved it by d v: all other steps, the
-    #    states and the history are constants.
+    # 1. Take one denoising step k of all chunks again, in parallel and with gradient
+    #    (our choice). `film` has the value of the sampler's last state; its gradient is
+    #    that of step k, d_k v. All other steps and the history are constants.
     k = int(torch.randint(len(times) - 1, ()))
     t_k, d_k = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
     v = model(states[k], t_k, d_k, controls, history)
     film = states[-1] + d_k * (v - v.detach())
 
-    # 2. Noise the film again, and let both scores predict the clean film. Their
-    #    difference is the gradient of half the squared distance to `target`. It is
-    #    divided by the mean distance of the film from the real score's prediction, in
-    #    each chunk and branch, so that all of them weigh alike at any t.
+    # 2. Noise the film again, and let both scores predict the clean film. The gradient
+    #    of DMD is x_fake - x_real, divided by the mean distance of the film from x_real
+    #    in each chunk and branch, so that all of them weigh alike at any t. Half the
+    #    squared distance to `target` has this gradient.
     with torch.no_grad():
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
@@ -797,9 +787,8 @@ def dmd_loss(
 
     # 3. The fake score learns these films.
     options = {"generated": generated, "chunk": chunk, "term": "fake"}
-    fake = flow_matching_loss(fake_score, states[-1], score_history, controls, **options)
-    fake_loss, fake_logs = fake
-    return 0.5 * loss, fake_loss, logs | fake_logs
+    fake_loss, new = flow_matching_loss(fake_score, states[-1], score_history, controls, **options)
+    return 0.5 * loss, fake_loss, logs | new
 
 
 @torch.no_grad()
@@ -817,7 +806,7 @@ def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Te
         states = [torch.cat(chunks, 1) for chunks in zip(*films)]
     else:
         velocity = functools.partial(model, controls=controls, history=x)
-        states = denoise(velocity, torch.randn_like(x), times)
+        states = denoise(velocity, add_noise(x, torch.randn_like(x), times[0]), times)
     return states, torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
 
 
@@ -839,13 +828,14 @@ def mutual_forcing_loss(
 ) -> tuple[dict, dict]:
     """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
 
-    teacher: the model's EMA copy, whose two modes teach (our choice). real_score: of
-    DMD, the EMA copy or a bidirectional model; fake_score: another one of that kind,
-    which learns the few-step mode's films along the way. weights: {term: weight}; a term
-    of weight 0, or of none, is not computed. extra: a fork's own objectives, {term:
-    objective(model, x, history, controls) -> (loss, logs)}, of weight 1 unless weights
-    says otherwise. steps: denoising steps of a chunk in the rollout. self_made: see
-    rollout(). late: its chunks begin at the second time of the grid, see generate().
+    teacher: the model's EMA copy, whose two modes teach (our choice). real_score: DMD's
+    score of real films, the EMA copy or a bidirectional model; fake_score: another model
+    of that kind, which learns the few-step mode's films along the way. weights: {term:
+    weight}; of WEIGHTS, a term that is not given has weight 0, and one of weight 0 is not
+    computed. extra: a fork's own objectives, {term: objective(model, x, history,
+    controls) -> (loss, logs)}, of weight 1 unless given. steps: denoising steps of a
+    chunk in the rollout. self_made: see rollout(). late: its chunks begin at the second
+    time of the grid, see generate().
     """
     cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
     times = times[1:] if late else times
@@ -862,15 +852,13 @@ def mutual_forcing_loss(
         history = states[-1] if self_made else x
 
     # 2. The multi-step mode learns the real chunk, given that history.
-    if weights["flow"]:
-        losses["flow"], new = flow_matching_loss(model, x, history, controls)
-        logs |= new
-
     # 3. The EMA copy teaches the few-step mode to take large steps.
-    if weights["shortcut"]:
-        options = {"teacher": teacher, "guidance": guidance}
-        losses["shortcut"], new = shortcut_loss(model, x, history, controls, **options)
-        logs |= new
+    shortcut = functools.partial(shortcut_loss, teacher=teacher, guidance=guidance)
+    objectives = {"flow": flow_matching_loss, "shortcut": shortcut} | (extra or {})
+    for term, objective in objectives.items():
+        if weights.get(term, 1):
+            losses[term], new = objective(model, x, history, controls)
+            logs |= new
 
     # 4. The few-step mode's films move toward the real score, and the fake score
     #    follows the films.
@@ -878,10 +866,5 @@ def mutual_forcing_loss(
         options = {"real_score": real_score, "fake_score": fake_score, "guidance": guidance}
         options |= {"times": times, "generated": generated, "bidirectional": bidirectional}
         losses["dmd"], losses["fake"], new = dmd_loss(model, states, history, controls, **options)
-        logs |= new
-
-    # 5. A fork's own objectives.
-    for term, objective in (extra or {}).items():
-        losses[term], new = objective(model, x, history, controls)
         logs |= new
     return {term: weights.get(term, 1) * loss for term, loss in losses.items()}, logs
