@@ -25,7 +25,6 @@ from data.batches import Batches, frames_of
 from data.checkpoint import (
     load_checkpoint,
     makes_films,
-    replace_file,
     same_format,
     save_checkpoint,
     save_file,
@@ -55,6 +54,7 @@ STAGES = {
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
 LOG_EVERY = 20  # steps
+WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # for any number of processes
 FAKE_RATE = 5  # times lr: the fake score has to keep up with the few-step mode
 # What may differ when a run is resumed; all else decides which weights it ends with.
 FREE = ("resume", "overwrite", "out", "preset", "data", "device", "save", "from_scratch")
@@ -63,7 +63,7 @@ TINY_SIZES = "--config width=64 layers=2 heads=1"
 
 
 class State:
-    """All that a training step changes, saved and restored whole: 2 + 2 steps are 4."""
+    """All that a training step changes. Restored from a file, a run goes on as if never stopped."""
 
     def __init__(self, model: AudioVideoTransformer, codecs, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
@@ -90,21 +90,19 @@ class State:
 
     def content(self) -> dict:
         """Plain types and whole tensors: any number of processes can go on from them."""
-        whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         content = {"stage": self.stage, "step": self.step}
         for name, net in self.nets.items():
             optimizer = self.optimizers.get(name, ())
-            content[name] = dcp.get_state_dict(net, optimizer, options=whole)
+            content[name] = dcp.get_state_dict(net, optimizer, options=WHOLE)
         return content
 
     def restore(self, content: dict) -> None:
         """Inverse of content()."""
-        whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
         self.step = content["step"]
         for name, net in self.nets.items():
             optimizer, (weights, state) = self.optimizers.get(name, ()), content[name]
             both = {"model_state_dict": weights, "optim_state_dict": state}
-            dcp.set_state_dict(net, optimizer, **both, options=whole)
+            dcp.set_state_dict(net, optimizer, **both, options=WHOLE)
 
 
 def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict]:
@@ -232,8 +230,7 @@ def save(state: State, args, is_due: bool = False) -> None:
         save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole:  # else it cannot stream
             film = stream_film(model.to(args.device), codecs, seconds=6)
-            picture = iio.imwrite("<bytes>", film_strip(list(film), state.cfg), extension=".png")
-            replace_file(args.out / f"{state.stage}.png", picture)
+            iio.imwrite(args.out / f"{state.stage}.png", film_strip(list(film), state.cfg))
     runs.any_process(False, args.device)  # the others wait until the first has written
 
 
@@ -249,6 +246,8 @@ def check(args, cfg: Config, stages: list[str]) -> None:
     is_first = args.stage in ("all", next(iter(STAGES)))
     if not (is_first or args.init or args.resume or args.from_scratch):
         raise UserError(f"--stage {args.stage}: needs --init (the stage before), or --from-scratch")
+    if args.init and args.stage == "all":
+        raise UserError("--init: needs --stage, the one that starts from it")
     if args.whole and "mutual" in stages:
         raise UserError("--whole: is for a teacher's stages: unimodal and joint")
     if "mutual" not in stages and (args.teacher or args.history != "few" or args.guidance != 1):
@@ -259,7 +258,7 @@ def check(args, cfg: Config, stages: list[str]) -> None:
     if not 0 <= args.seed < 2**63:
         raise UserError("--seed is between 0 and 2^63")
     for stage in stages:
-        plan, chunks = plan_of(args, stage), {"codec": 1, "mutual": 3}.get(stage, 2)
+        plan, chunks = plan_of(args, stage), {"codec": 0, "mutual": 3}.get(stage, 2)
         least = chunks * cfg.chunk_seconds
         if not all(least <= seconds <= cfg.clock / 2 for seconds in plan.seconds):
             raise UserError(f"--seconds: between {least} and {cfg.clock / 2} in stage {stage}")
@@ -300,7 +299,7 @@ def run(args, make_codecs) -> None:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
         args.clips = load_clips(args.data, cfg, frames_of(cfg, longest), args.out / ".clips")
     for stage in stages:  # raises if no clip serves, or if the talker has other sizes
-        drawer(args.clips, stage)(cfg, np.random.default_rng(0), 2 * cfg.chunk_frames)
+        drawer(args.clips, stage)(cfg, np.random.default_rng(0), cfg.chunk_frames)
     native = "bf16" if runs.native_precision(args.device) == torch.bfloat16 else "fp32"
     args.precision = args.precision or native
     args.settings |= {"precision": args.precision, "clips": args.clips and fingerprint(args.clips)}

@@ -12,16 +12,16 @@ DROPPED = {"transcript": 0.6, "character": 0.3, "first frame": 0.5}  # shares of
 
 def frames_of(cfg: Config, seconds: float) -> int:
     """Frames of a clip of about this length, in whole chunks."""
-    return round(seconds / cfg.chunk_seconds) * cfg.chunk_frames
+    return max(1, round(seconds / cfg.chunk_seconds)) * cfg.chunk_frames
 
 
 class Batches:
     """What each pass (turn) of a training stage gets: a function of seed and turn alone.
 
     So a run can go on from anywhere. draw(cfg, rng, frames) -> Film; seconds: lengths,
-    in turn from step to step; batch: films of the first length, of longer ones so many
-    fewer that a step costs the same; passes: of a step; kept: passes whose latents are
-    kept in memory.
+    in turn from step to step; batch: films in a pass of the first length; passes of longer
+    films have fewer, at equal cost. passes: of a step; kept: passes whose latents are kept
+    in memory.
     """
 
     def __init__(self, cfg: Config, draw, seed, seconds, batch: int, passes=1, kept=KEPT):

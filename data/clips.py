@@ -1,4 +1,4 @@
-"""A folder of clips: films and sounds, with the words of the subtitles beside them.
+"""A folder of clips: films, with the words of the subtitles beside them.
 
 Each file is decoded once (see data/decoding.py), into a cache that is mapped into memory. What has
 words, and what is not used and why, is said on stderr.
@@ -7,7 +7,6 @@ words, and what is not used and why, is said on stderr.
 import fcntl
 import functools
 import hashlib
-import os
 import re
 import sys
 from collections import defaultdict
@@ -26,9 +25,9 @@ from data.talker import talk
 from mutual_forcing import Config, UserError
 
 SUBTITLES = (".vtt", ".srt")  # the first is taken if a clip has both
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".heic", ".avif", ".svg")
 LANGUAGE = re.compile(r"[a-z]{2,3}([-_]\w+)*|forced|default|sdh", re.IGNORECASE)  # clip.en.srt
-UNUSED, ORPHAN = "not used, ", "no clip of its name is used"  # how remarks begin; of subtitles
+UNUSED = "not used, "  # how the remark of a file that is not used begins
+ORPHAN = "no clip of its name is used"  # of subtitles
 
 
 def open_cached(files: list[Path]) -> Clip | None:
@@ -73,37 +72,26 @@ def why_unfit(path: Path) -> str:
     """Why a file is not even tried as a clip; empty if it is."""
     if path.name.startswith("."):
         return "hidden"
-    if path.is_dir():
-        return "a folder that is linked or cannot be read"
-    if path.suffix.lower() in PICTURES:
-        return "a picture"
-    if not path.is_file():
-        return "not a file"
+    if path.suffix.lower() in SUBTITLES:
+        return ORPHAN
     try:
         with path.open("rb") as file:
             head = file.read(4096)
     except OSError as error:
         return f"{error.strerror}"
-    if not head:
-        return "empty"
-    if path.suffix.lower() in SUBTITLES:
-        return ORPHAN
-    has_control = re.search(rb"[\0-\x08\x0e-\x1f]", head)  # every film and every sound has some
-    is_text = not has_control or head.startswith((b"\xff\xfe", b"\xfe\xff"))
-    return "a text" if is_text else ""
+    has_control = re.search(rb"[\0-\x08\x0e-\x1f]", head)  # every film has some
+    return "" if has_control else "a text, or empty"
 
 
 def list_files(folder: Path) -> dict[Path, str]:
     """The files of a folder and its subfolders, each with a remark if it is not to be tried.
 
-    Of hidden folders and of links to folders only themselves are listed.
+    Hidden folders are left out, and so are links to folders.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
         parents = path.relative_to(folder).parts[:-1]
-        is_open = os.access(path, os.R_OK) and not path.is_symlink()
-        is_plain_folder = path.is_dir() and is_open and not path.name.startswith(".")
-        if not is_plain_folder and not any(part.startswith(".") for part in parents):
+        if path.is_file() and not any(part.startswith(".") for part in parents):
             reason = why_unfit(path)
             files[path] = UNUSED + reason if reason else ""
     return files
@@ -148,7 +136,7 @@ def summarise(folder: Path, clips: dict[Path, Film], remarks: dict[Path, str], c
 
 
 def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]:
-    """The films and sounds of a folder and its subfolders that last at least so many frames.
+    """The films of a folder and its subfolders that last at least so many frames.
 
     Each file is decoded once, into the folder cache, from which all other files are
     removed. A summary on stderr says what is used, and what is not and why. Raises
@@ -172,9 +160,6 @@ def load_clips(folder: Path, cfg: Config, least: int, cache: Path) -> list[Film]
                 clip, name = decode_once(path, cfg, least, cache)
             except ClipError as error:
                 remarks[path] = f"{UNUSED}{error}"
-                continue
-            if not len(clip.frames):
-                remarks[path] = f"{UNUSED}it has no picture"
                 continue
             cached.add(name)
             symbols, refused = load_symbols(text, cfg, len(clip.frames))

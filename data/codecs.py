@@ -22,15 +22,15 @@ class Film(NamedTuple):
     frames: np.ndarray  # uint8 (F, image, image, 3)
     samples: np.ndarray  # float32 (F sample_rate / fps,)
     symbols: np.ndarray  # int (margin + F + margin,): what is said before, during and after
-    character: int  # index into cfg.characters; their number stands for an unknown person
+    character: int  # index into cfg.characters; len(cfg.characters): an unknown person
 
 
 class Codecs(nn.Module):
     """The two codecs of a model (the paper: two VAEs).
 
-    Both are modules with encode(film) -> latents, decode(latents) -> film, and
-    decode_next(latents, state) -> (part of the film, state), which decodes a film chunk
-    by chunk: state is None for the first chunk, and then what the last call returned.
+    Both are modules with encode(film) -> latents, and decode_next(latents, state) ->
+    (part of the film, state), which decodes a film chunk by chunk: state is None for
+    the first chunk, and then what the last call returned.
     Latents have about unit variance. video: uint8 frames (B, F, image, image, 3) and
     latents (B, S, N, video_dim). audio: float32 samples (B, n) and latents (B, S, N,
     audio_dim); its state is samples (B, m) that are not returned yet; the last ones end
@@ -146,10 +146,6 @@ class VideoCodec(nn.Module):
         pixels = pixels.to(torch.uint8).permute(0, 2, 3, 1)
         return pixels.unflatten(0, (len(latents), -1)), None
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, S, N, video_dim) of a whole film -> frames (B, F, image, image, 3)."""
-        return self.decode_next(latents)[0]
-
 
 class AudioCodec(nn.Module):
     """Samples to companded MDCT spectra and back, exactly (the paper has an audio VAE).
@@ -170,8 +166,7 @@ class AudioCodec(nn.Module):
         n = torch.arange(2 * m)[:, None]
         k = torch.arange(m)
         window = torch.sin(math.pi / (2 * m) * (n + 0.5))
-        # The angle's turns are taken off in whole numbers: float32 is then exact
-        # enough.
+        # The angle's turns are taken off in whole numbers: float32 is then exact enough.
         quarters = (2 * n + 1 + m) * (2 * k + 1) % (8 * m)
         cosines = torch.cos(math.pi / (4 * m) * quarters)
         self.register_buffer("basis", window * math.sqrt(2 / m) * cosines, persistent=False)
@@ -184,10 +179,6 @@ class AudioCodec(nn.Module):
             spectrum = torch.cat([hops[:, :-1], hops[:, 1:]], -1) @ self.basis
         companded = spectrum.sign() * spectrum.abs() ** self.COMPAND * self.SCALE
         return companded.unflatten(1, (-1, cfg.tokens))
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Inverse of encode(); the last hop fades out."""
-        return torch.cat(self.decode_next(latents), 1)
 
     def decode_next(self, latents: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next latent frames (B, S, N, audio_dim) of a film -> its next samples, and the state.
@@ -207,25 +198,17 @@ class AudioCodec(nn.Module):
 
 
 def make_codecs(cfg: Config) -> Codecs:
-    """The codecs of train.py, sample.py and lab/. A fork passes a function like this
-    one to their main()."""
+    """The codecs of train.py, sample.py and lab/. A fork passes its own to their main()."""
     return Codecs(VideoCodec(cfg), AudioCodec(cfg))
 
 
 def stack(films: list[Film]) -> Film:
     """Films of equal length -> one Film of tensors, each with a first axis B."""
-    frames, samples, symbols, characters = zip(*films)
-    return Film(
-        frames=torch.from_numpy(np.stack(frames)),
-        samples=torch.from_numpy(np.stack(samples)),
-        symbols=torch.from_numpy(np.stack(symbols)),
-        character=torch.tensor(characters),
-    )
+    return Film(*[torch.from_numpy(np.stack(part)) for part in zip(*films)])
 
 
 def encode_films(cfg: Config, codecs: Codecs, films: Film) -> tuple[Tensor, Controls]:
-    """Stacked films -> latents (B, S, E) and their controls, none of them dropped; on
-    the films' device."""
+    """Stacked films -> latents (B, S, E) and their controls, none of them dropped."""
     still = films.frames[:, :1].expand(-1, cfg.step_frames, -1, -1, -1)
     first_frame, expected = codecs.video.encode(still), (cfg.tokens, cfg.video_dim)
     if first_frame.shape[2:] != expected:

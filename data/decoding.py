@@ -21,7 +21,6 @@ from mutual_forcing import Config, UserError
 
 PICTURE, SOUND = "0:V:0", "0:a:0"  # ffmpeg's names of the first film (no cover) and first sound
 LONGEST_GAP = {PICTURE: 1.0, SOUND: 0.1}  # seconds; in a damaged file, something is lost in longer
-TAG = re.compile(rb"ID3[\x02-\x04]\x00[\x00-\xf0]([\x00-\x7f]{4})")  # with its length
 
 
 class ClipError(UserError):
@@ -29,7 +28,7 @@ class ClipError(UserError):
 
 
 class Clip(NamedTuple):
-    """A decoded file. Its picture and sound last equally long, or one of them is empty."""
+    """A decoded file. Its sound lasts as long as its picture, or is empty."""
 
     frames: ndarray  # uint8 (F, image, image, 3)
     samples: ndarray  # float32 (n,) in [-1, 1]
@@ -97,23 +96,11 @@ def decode_stream(path: Path, stream: str, cfg: Config) -> tuple[bytearray, floa
     return data, math.inf, complaint if exists else ""
 
 
-def decode_untagged(path: Path, cfg: Config) -> tuple[bytearray, float, str]:
-    """The same of a file's sound, without the tags between joined mp3 files: they are no damage."""
-    music = bytearray(path.read_bytes())
-    for tag in reversed(list(TAG.finditer(music, 1))):
-        length = sum(byte << shift for byte, shift in zip(tag[1], (21, 14, 7, 0)))
-        del music[tag.start() : tag.end() + length]
-    with tempfile.NamedTemporaryFile(suffix=path.suffix) as file:
-        file.write(music)
-        file.flush()
-        return decode_stream(Path(file.name), SOUND, cfg)
-
-
 def decode_clip(path: Path, cfg: Config, least: int = 1) -> Clip:
     """A file -> its picture and its sound; of a damaged file, what precedes the damage.
 
-    If only one of them lasts `least` frames, the other is left out; but a sound that is
-    whole and short is followed by silence. Raises ClipError if neither lasts so long.
+    A sound that is whole and short is followed by silence; one that is damaged and too
+    short is left out. Raises ClipError if the picture does not last `least` frames.
     """
     data, intact, damage = decode_stream(path, PICTURE, cfg)
     count = len(data) // (3 * cfg.image**2)
@@ -122,29 +109,26 @@ def decode_clip(path: Path, cfg: Config, least: int = 1) -> Clip:
     seen = round(min(count, intact))
 
     data, intact, sound_damage = decode_stream(path, SOUND, cfg)
-    if intact < math.inf and not count:
-        data, intact, sound_damage = decode_untagged(path, cfg)
     samples = np.frombuffer(data, np.float32, len(data) // 4)
     np.nan_to_num(samples, copy=False)
     np.clip(samples, -1, 1, out=samples)
     per_frame = cfg.sample_rate // cfg.fps
     whole = len(samples) // per_frame
     heard = round(min(whole, intact))
-    if not len(frames) and not len(samples):
+    if not count:
         _, _, reason = run_ffmpeg(path, "-c", "copy", "-f", "null")
-        raise ClipError(f"nothing in it can be decoded ({reason})")
+        nothing = f"nothing in it can be decoded ({reason})"
+        raise ClipError("it has no picture" if len(samples) else nothing)
 
     damage = damage or sound_damage
     if heard < least <= seen and sound_damage:
         heard = 0
-    elif seen < least <= heard:
-        seen = 0
-    elif seen and heard:
+    elif heard:
         heard = seen = min(seen, heard) if damage else seen
-    if max(seen, heard) < least:
+    if seen < least:
         before = f" before its damage ({damage})" if damage else ""
-        seconds = max(seen, heard) / cfg.fps
-        raise ClipError(f"{seconds:.2f} s{before}, a clip takes {least / cfg.fps:.2f} s")
+        lengths = f"{seen / cfg.fps:.2f} s{before}, a clip takes {least / cfg.fps:.2f} s"
+        raise ClipError(lengths)
     note = f"damaged ({damage}): " if damage else ""
     if note or abs(seen - count) > cfg.fps or abs(heard - whole) > cfg.fps:
         parts = [(seen, count, "picture"), (min(heard, whole), whole, "sound")]

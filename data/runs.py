@@ -153,5 +153,6 @@ def begin_log(log: Path, content: dict | None) -> None:
     if content:
         os.truncate(log, min(log.stat().st_size, content["log_size"]))
     else:
-        log.with_name("resume.pt").unlink(missing_ok=True)
+        for old in [log.with_name("resume.pt"), *log.parent.glob("after-*-minutes.pt")]:
+            old.unlink(missing_ok=True)
         log.write_text("")

@@ -60,7 +60,6 @@ BOTH = train.STAGES["unimodal"].steps + train.STAGES["joint"].steps
 ONE_STAGE = f"--stage joint --init {{codec}} --steps {BOTH} "
 ARMS = {
     "two-stages": Arm("", FAST + MULTI, 1),  # --init itself
-    "one-stage": Arm(ONE_STAGE, FAST + MULTI, 1),
     # Stage 2 continued, in all else like the other arms of stage 3.
     "control": Arm(REAL + "--flow 1 --shortcut 0 --dmd 0 ", FAST + MULTI + GUIDED + LONG),
     "hybrid": Arm(STAGE_3, FAST + MORE + MULTI + LONG),
@@ -70,14 +69,17 @@ ARMS = {
     "shortcut-real": Arm(REAL + "--shortcut 1 --dmd 0 ", FAST, 1),
     "dmd-real": Arm(REAL + "--shortcut 0 --dmd 1 ", FAST, 1),
     "teacher": Arm(STAGE_2 + "--whole --batch 4 --seconds 3 ", []),  # it cannot stream
-    "self-forcing": Arm(SELF_FORCING, FAST, 3, "teacher"),
-    "self-forcing-slow": Arm(SELF_FORCING + "--lr 5e-5 ", FAST, 1, "teacher"),
+    "self-forcing": Arm(SELF_FORCING + "--lr 5e-5 ", FAST, 3, "teacher"),
+    "self-forcing-fast": Arm(SELF_FORCING, FAST, 1, "teacher"),
     "clips-of-1s": Arm(STAGE_2 + "--batch 12 --seconds 1 ", FAST, 1),
     "clips-of-3s": Arm(STAGE_2 + "--batch 4 --seconds 3 ", FAST, 1),
     "guidance-5": Arm(STAGE_3 + "--guidance 5 ", FAST, 1),
     "hybrid-late": Arm(STAGE_3 + "--history late ", FAST + LONG, 1),
     "no-fake-score": Arm(STAGE_3 + "--dmd 0 ", FAST, 3, extra={"flow_map": flow_map_dmd}),
+    "one-stage": Arm(ONE_STAGE, FAST + MULTI, 1),  # the last one, because it takes hours
 }
+RESTS_ON = ("mutual_forcing", "train", "data/batches", "data/codecs", "data/controls")
+RESTS_ON += ("data/talker", "lab/evaluate", "lab/ruler", "lab/looks", "lab/flow_map")
 SCORED = [name for name, arm in ARMS.items() if arm.scores]
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the Markdown file
 
@@ -85,17 +87,13 @@ BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the M
 def checksums(init: Path) -> dict:
     """Of what all results rest on: --init, and the code of the method and of the scores."""
     root, code = Path(__file__).parents[1], hashlib.sha256()
-    files = [root / "mutual_forcing.py", root / "train.py", *sorted((root / "data").glob("*.py"))]
-    files += [
-        root / "lab" / name for name in ("evaluate.py", "ruler.py", "looks.py", "flow_map.py")
-    ]
-    for path in files:
-        code.update(path.name.encode() + path.read_bytes())
+    for name in RESTS_ON:
+        code.update(name.encode() + (root / f"{name}.py").read_bytes())
     return {"init": hashlib.sha256(init.read_bytes()).hexdigest(), "code": code.hexdigest()}
 
 
 def options_of(name: str, args) -> str:
-    """An arm's options of train.py before paths are filled in; of equal ones the last counts."""
+    """An arm's options of train.py before paths are filled in; if one occurs twice, the last counts."""
     given = {"steps": args.steps, "batch": args.batch}
     words = [f"--{option} {value}" for option, value in given.items() if value is not None]
     return ARMS[name].options + " ".join(words) if ARMS[name].options else ""
@@ -110,7 +108,8 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     if not options:
         return args.init
     # What another --init, other code or other options made is in another folder.
-    key = hashlib.sha256(f"{args.checksums} {options}".encode()).hexdigest()[:8]
+    needed = options_of(ARMS[name].needs, args) if ARMS[name].needs else ""
+    key = hashlib.sha256(f"{args.checksums} {options} {needed}".encode()).hexdigest()[:8]
     folder = args.out / f"{name}-{seed}-{key}"
     parsed = train.build_parser().parse_args(options.split())
     checkpoint = folder / f"{parsed.stage}.pt"
@@ -135,7 +134,9 @@ def likeness(model, codecs) -> list[float]:
     """How alike the two modes are: cosine of attention outputs on the same chunks, by layer."""
     cfg, cosines = model.cfg, []
     seed = [0, len(train.STAGES), 0]  # no stage draws these films
-    x, controls = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8).latents(0, codecs, "cpu")
+    x, controls = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8).latents(
+        0, codecs, model.device
+    )
     t, stop = mf.time_grid(cfg, 4).to(x)[1:3]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     x_t = mf.add_noise(x, noise, t)
@@ -176,7 +177,8 @@ def jobs_of(args) -> list[dict]:
             job = {"arm": name, "seed": seed} | dict(zip(SCORE, score))
             job["seconds"] = min(job["seconds"], args.seconds)
             job["talkers"] = min(args.talkers, 4) if job["seconds"] > 60 else args.talkers
-            jobs.append(job)
+            if job not in jobs:  # a short --seconds makes some alike
+                jobs.append(job)
     return jobs
 
 
@@ -332,19 +334,28 @@ def run(args, make_codecs) -> None:
     _, _, extra = load_checkpoint(args.init, make_codecs)
     if extra.get("stage") != "joint" or extra.get("whole"):
         raise UserError(f"{args.init}: not the end of stage 2")
+    if "one-stage" in (args.arms or SCORED) and not args.init.with_name("codec.pt").exists():
+        raise UserError(f"{args.init.parent}: holds no codec.pt, from which arm one-stage starts")
     args.out.mkdir(parents=True, exist_ok=True)
     results = open_results(args)
     store(results, args.results)  # an error comes now, and not after hours
     missing = [job for job in jobs_of(args) if not holds(results, job)]
     groups = [list(jobs) for _, jobs in groupby(missing, kind_of)]
+    failed = None
     for jobs in tqdm(groups, "scores", disable=None):
-        score_arm(jobs, args, results, make_codecs)
+        try:
+            score_arm(jobs, args, results, make_codecs)
+        except UserError as error:  # such as a gradient that is not finite; the others go on
+            failed = error
+            print(f"lab.claims: {jobs[0]['arm']}: {error}", file=sys.stderr)
         store(results, args.results)
     strips = [args.out / f"{name}.png" for name in SCORED]
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
         picture = iio.imwrite("<bytes>", np.concatenate(pictures), extension=".png")
         replace_file(args.out / "arms.png", picture)
+    if failed:
+        raise UserError("not all arms have scores, as it says above") from failed
 
 
 def main(argv=None, make_codecs=make_codecs) -> int:

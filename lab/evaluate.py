@@ -82,7 +82,8 @@ def remake(model, codecs, films, *, few, steps, guidance, with_transcript, seed=
             sounds.append(audio.clone())  # a view would keep the video's latents, too
             bar.update()
         frames.append(torch.cat(pictures, 1).numpy())
-        samples.append(codecs.audio.decode(torch.cat(sounds, 1)).cpu().numpy())
+        decoded = torch.cat(codecs.audio.decode_next(torch.cat(sounds, 1)), 1)
+        samples.append(decoded.cpu().numpy())
     bar.close()
     made = {"frames": np.concatenate(frames), "samples": np.concatenate(samples)}
     return to_films(films, cfg)._replace(**made)
