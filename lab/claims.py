@@ -1,4 +1,4 @@
-"""The paper's claims, arm by arm: `python -m lab.claims --init runs/talker/joint.pt`.
+"""The paper's claims, arm by arm: `python -m lab.claims --init assets/joint.pt`.
 
 An arm is a way of training: options of train.py, which runs in this process. Its scores are those
 of lab.evaluate; they go into a JSON file, and as tables into the Markdown file beside it. What is

@@ -101,8 +101,9 @@ def evaluate(
 ) -> dict:
     """Score models (name -> (model, codecs)), with and without transcript, as {"windows", "rows"}.
 
-    settings: pairs of a mode and its denoising steps, by default those of both modes. clips: a list of Films, instead of talkers.
-    Rows are also printed on stderr as they come. Raises UserError.
+    settings: pairs of a mode and its denoising steps, by default those of both modes.
+    clips: a list of Films, instead of talkers. Rows are also printed on stderr as they
+    come. Raises UserError.
     """
     cfg = next(iter(models.values()))[0].cfg
     for name, (model, _) in models.items():
