@@ -33,7 +33,8 @@ class Batches:
         """New films, stacked."""
         seconds = self.seconds[turn // self.passes % len(self.seconds)]
         batch = max(1, round(self.batch * self.seconds[0] / seconds))
-        rng, frames = np.random.default_rng([*self.seed, turn]), frames_of(self.cfg, seconds)
+        frames = frames_of(self.cfg, seconds)
+        rng = np.random.default_rng([*self.seed, turn])
         return stack([self.draw(self.cfg, rng, frames) for _ in range(batch)])
 
     def latents(self, turn: int, codecs: Codecs, device) -> tuple[torch.Tensor, Controls]:
@@ -51,8 +52,9 @@ class Batches:
             self.encoded[key] = [part.cpu() for part in (x.half(), *small)]
         x, *parts = [part.to(device) for part in self.encoded[key]]
         controls, null = Controls(*parts), Controls(*parts).dropped(self.cfg)
+        shares = np.array(list(DROPPED.values()))[:, None]
         chance = np.random.default_rng([*self.seed, turn, 1]).random((3, len(x)))
-        given = torch.from_numpy(chance > np.array(list(DROPPED.values()))[:, None]).to(device)
+        given = torch.from_numpy(chance > shares).to(device)
         has_transcript, has_character, has_first_frame = given
         return x.float(), Controls(
             symbols=torch.where(has_transcript[:, None], controls.symbols, null.symbols),
