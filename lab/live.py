@@ -10,24 +10,110 @@ import json
 import re
 import secrets
 import sys
+import tempfile
 import time
 import traceback
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qsl
+
+import numpy as np
 
 from data import runs
 from data.codecs import make_codecs
-from data.controls import ALPHABET
-from lab.live_film import LiveFilm, film_file
-from mutual_forcing import UserError
+from data.controls import ALPHABET, spell, stream_film
+from data.writer import FilmWriter
+from mutual_forcing import Config, UserError
 from sample import SHIPPED, load_talker
 
-LONGEST_BODY, MOST_FILMS = 4096, 4  # bytes of a request; films at a time
+LONGEST_BODY, LONGEST_TEXT, MOST_WAITING = 4096, 500, 16000  # bytes; letters; frames of text
+PATHS = "/open", "/restart", "/chunk", "/say", "/save", "/close"
+MOST_FILMS, KEPT_SECONDS = 4, 60  # films at a time; what can be saved of each
 # A page that asks for no chunk so long has left. (A browser may let a hidden one ask once a minute.)
 LEFT_SECONDS = 100
+
+
+class LiveFilm:
+    """The text that waits, and the last minute: one stream(), or several in turn, on one clock."""
+
+    def __init__(self, model, codecs, settings: dict):
+        """settings: what stream_film() takes beside seconds and transcript."""
+        self.model, self.codecs, self.cfg = model, codecs, model.cfg
+        self.waiting = deque()  # a symbol for each frame of the text to speak
+        self.read = []  # symbols of the next frames, as far as the stream has read them
+        self.kept = deque(maxlen=round(KEPT_SECONDS / self.cfg.chunk_seconds))  # frames, samples
+        self.num_frames = self.late = 0  # frames made; samples by which sound follows its frames
+        self.asked = time.monotonic()  # when the page last asked for a chunk
+        self.restart(settings)
+
+    def transcript(self):
+        """A symbol for each frame, chosen when the stream reads it: of the text, or silence."""
+        while True:
+            self.read.append(self.waiting.popleft() if self.waiting else self.cfg.silence)
+            yield self.read[-1]
+
+    def restart(self, settings: dict, frame: int | None = None) -> None:
+        """Begin a new stream with the next chunk. frame: its picture is the first of the stream."""
+        if frame is not None:
+            chunk = (frame - self.num_frames) // self.cfg.chunk_frames
+            if not -len(self.kept) <= chunk < 0:
+                raise UserError("this picture is not kept any more")
+            settings = settings | {
+                "first_frame": self.kept[chunk][0][frame % self.cfg.chunk_frames]
+            }
+        # What the stream before only read, it did not say.
+        self.waiting.extendleft(reversed(self.read))
+        self.read.clear()
+        settings = settings | {"seconds": 24 * 3600, "transcript": self.transcript()}
+        self.stream = stream_film(self.model, self.codecs, **settings)
+
+    def say(self, text: str) -> str:
+        """Append to the text that waits -> the number of the first frame that says it."""
+        symbols = spell(text.strip())
+        if len(text) > LONGEST_TEXT or len(self.waiting) > MOST_WAITING:
+            raise UserError(f"at most {LONGEST_TEXT} letters, and 15 minutes of text may wait")
+        if set(symbols) <= {self.cfg.silence}:
+            raise UserError("nothing in this text can be spoken; letters a to z can")
+        first_frame = self.num_frames + len(self.read) + len(self.waiting)
+        self.waiting.extend(symbols + spell(" "))
+        return str(first_frame)
+
+    def next_chunk(self) -> bytes:
+        """The next chunk: length of the header (uint32, little-endian), header (JSON),
+        samples (float32, little-endian), frames (uint8)."""
+        began = self.asked = time.monotonic()
+        frames, samples = next(self.stream, (None, None))
+        if frames is None:
+            raise UserError("this film has ended; begin another one")
+        length = self.cfg.chunk_frames * self.cfg.sample_rate // self.cfg.fps
+        if len(samples) < length:  # the first chunk of a stream: silence precedes its sound
+            self.late = length - len(samples)
+            samples = np.pad(samples, (self.late, 0))
+        index = self.num_frames // self.cfg.chunk_frames
+        header = {
+            "index": index,
+            "first_frame": self.num_frames,
+            "first_sample": index * length - self.late,
+            "samples": len(samples),
+            "symbols": self.read[: len(frames)],
+            "waiting": len(self.waiting),
+            "make_seconds": round(time.monotonic() - began, 4),
+        }
+        del self.read[: len(frames)]
+        self.kept.append((frames, samples))
+        self.num_frames += len(frames)
+        header = json.dumps(header).encode()
+        header += b" " * (-len(header) % 4)  # a page reads float32 only where 4 divides the place
+        return len(header).to_bytes(4, "little") + header + samples.tobytes() + frames.tobytes()
+
+    def last_minute(self) -> tuple[np.ndarray, np.ndarray]:
+        """Frames and samples; silence stands for the last ones, which the stream returns later."""
+        if not self.kept:
+            raise UserError("there is nothing to save yet")
+        frames, samples = map(np.concatenate, zip(*self.kept))
+        return frames, np.pad(samples[self.late :], (0, self.late))
 
 
 class Refusal(Exception):
@@ -42,68 +128,51 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with status 200, or with another one and a line that says why."""
-        length = self.headers.get("Content-Length", "0")
-        length = int(length) if re.fullmatch("[0-9]{1,9}", length) else None
-        body = self.rfile.read(min(length or 0, 2**20))  # who still sends reads no answer
         try:
-            if length is None or length > LONGEST_BODY:
-                raise Refusal(413, f"a request has at most {LONGEST_BODY} bytes")
-            status, answer = 200, self.answer(body)
+            answer = self.answer()
+            answer = answer if isinstance(answer, bytes) else answer.encode()
+            self.send_response(200)
+            kind = "html" if self.path == "/" else "plain"
+            self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
         except Refusal as refusal:
-            status, answer = refusal.args
+            self.send_error(*refusal.args)
         except UserError as error:
-            status, answer = 400, str(error)
+            self.send_error(400, str(error))
+        except ConnectionError:
+            self.close_connection = True  # a page may leave at any time
         except Exception as error:  # noqa: BLE001 - a bug, maybe of the maker; the page shows it
             traceback.print_exc()
-            status, answer = 500, f"{type(error).__name__}: {error}"
-        self.close_connection |= status != 200  # a part of the body may be unread
-        answer = answer if isinstance(answer, bytes) else answer.encode()
-        kind = "html" if self.path == "/" else "plain"
-        self.send_response(status)
-        self.send_header("Content-Type", f"text/{kind}; charset=utf-8")
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
+            self.send_error(500, f"{type(error).__name__}; its traceback is on the server's stderr")
 
     do_POST = do_GET
 
     def log_message(self, *_) -> None:
         """Requests are not logged."""
 
-    def answer(self, body: bytes) -> bytes | str:
-        """What the path of a request asks for. Raises Refusal, and UserError."""
+    def answer(self) -> bytes | str:
+        """What a request asks for. Raises Refusal, and UserError."""
+        length = self.headers.get("Content-Length", "0")
+        length = int(length) if re.fullmatch("[0-9]{1,9}", length) else None
+        body = self.rfile.read(min(length or 0, 2**20))  # who still sends reads no answer
+        if length is None or length > LONGEST_BODY:
+            raise Refusal(413, f"a request has at most {LONGEST_BODY} bytes")
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         known = re.sub(":[0-9]+$", "", host) in ("127.0.0.1", "localhost")
         if not known or origin not in (None, f"http://{host}"):
             raise Refusal(403, "this server answers only its own page, on 127.0.0.1 or localhost")
-        path, _, query = self.path.partition("?")
-        query, server = dict(parse_qsl(query, keep_blank_values=True)), self.server
-        match self.command, path:
-            case "GET", "/":
-                return server.page()
-            case "POST", "/open":
-                return server.work(server.open_film, server.film_settings(query))
-            case "POST", "/restart":
-                settings, frame = server.film_settings(query), number(query, "frame", None)
-                server.work(server.film(query).restart, settings, frame)
-                return "restarted"
-            case "POST", "/chunk":
-                return server.work(server.film(query).next_chunk)
-            case "POST", "/say":
-                return str(server.work(server.film(query).say, body.decode(errors="replace")))
-            case "POST", "/save":
-                return film_file(*server.work(server.film(query).last_minute), server.model.cfg)
-            case "POST", "/close":
-                server.films.pop(query.get("film"), None)
-                return "closed"
-        raise Refusal(404, "there is no such path")
-
-
-def number(query: dict, name: str, default: int | None) -> int | None:
-    """A number of a query. Raises Refusal."""
-    if not re.fullmatch("[0-9]{1,9}", query.get(name, "0")):
-        raise Refusal(400, f"{name} must be a number")
-    return int(query[name]) if name in query else default
+        if (self.command, self.path) == ("GET", "/"):
+            return self.server.page()
+        if self.command != "POST" or self.path not in PATHS:
+            raise Refusal(404, "there is no such path")
+        try:
+            asked = dict(json.loads(body))
+        except (ValueError, TypeError) as error:
+            raise Refusal(400, "the body of a request is a JSON object") from error
+        answer = self.server.maker.submit(self.server.act, self.path, asked).result()
+        return film_file(*answer, self.server.model.cfg) if self.path == "/save" else answer
 
 
 class Server(ThreadingHTTPServer):
@@ -114,46 +183,60 @@ class Server(ThreadingHTTPServer):
         self.films, self.maker = {}, ThreadPoolExecutor(1)
         super().__init__(("127.0.0.1", port), Handler)
 
-    def work(self, method, *arguments):
-        """Let the maker call a method -> what it returns."""
-        return self.maker.submit(method, *arguments).result()
-
-    def page(self) -> bytes:
+    def page(self) -> str:
         names = "characters", "image", "fps", "sample_rate", "chunk_seconds"
         about = {name: getattr(self.model.cfg, name) for name in names} | {"alphabet": ALPHABET}
         about = json.dumps(about | self.settings).replace("<", "\\u003c")
-        return Path(__file__).with_suffix(".html").read_text().replace("{{about}}", about).encode()
+        return Path(__file__).with_suffix(".html").read_text().replace("{{about}}", about)
 
-    def film_settings(self, query: dict) -> dict:
-        """character, steps and seed of a stream."""
-        character = query.get("character", self.settings["character"]) or None  # "": any
-        steps = number(query, "steps", self.settings["steps"])
+    def act(self, path: str, asked: dict):
+        """Do what a page asks for, in the maker. Raises Refusal, and UserError."""
+        film = self.films.get(str(asked.get("film")))
+        if not film and path != "/open":
+            raise Refusal(404, "this film has ended; begin another one")
+        match path:
+            case "/open":
+                return self.open_film(self.film_settings(asked))
+            case "/restart":
+                film.restart(self.film_settings(asked), asked.get("frame"))
+            case "/chunk":
+                return film.next_chunk()
+            case "/say":
+                return film.say(str(asked.get("text")))
+            case "/save":
+                return film.last_minute()
+            case "/close":
+                del self.films[asked["film"]]
+        return "done"
+
+    def film_settings(self, asked: dict) -> dict:
+        """What stream_film() takes: character, steps, and a seed of its own unless one is given."""
+        settings = self.settings | {"seed": secrets.randbelow(2**31)}
+        settings = {name: asked.get(name, value) for name, value in settings.items()}
         names = self.model.cfg.characters
-        if character not in (None, *names) or steps not in (4, 8):
+        if settings["character"] not in (None, *names) or settings["steps"] not in (4, 8):
             raise Refusal(400, f"steps are 4 or 8, and characters {', '.join(names)}")
-        seed = number(query, "seed", secrets.randbelow(2**31))
-        return {"character": character, "steps": steps, "seed": seed}
+        return settings
 
     def open_film(self, settings: dict) -> str:
         """A new film -> its name, which nobody can guess."""
-        for name, film in list(self.films.items()):
-            if time.monotonic() - film.asked > LEFT_SECONDS:
-                self.films.pop(name, None)
+        oldest = time.monotonic() - LEFT_SECONDS
+        self.films = {name: film for name, film in self.films.items() if film.asked > oldest}
         if len(self.films) >= MOST_FILMS:
             raise Refusal(503, f"{MOST_FILMS} films are playing; close the page of one")
         name = secrets.token_hex(8)
         self.films[name] = LiveFilm(self.model, self.codecs, settings)
         return name
 
-    def film(self, query: dict) -> LiveFilm:
-        film = self.films.get(query.get("film"))
-        if not film:
-            raise Refusal(404, "this film has ended; begin another one")
-        return film
 
-    def handle_error(self, request, client_address) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):  # a page may leave at any time
-            super().handle_error(request, client_address)
+def film_file(frames: np.ndarray, samples: np.ndarray, cfg: Config) -> bytes:
+    """An mp4 of frames and samples."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "film.mp4")
+        with closing(FilmWriter(out, cfg)) as writer:
+            writer.add(frames, samples)
+            writer.finish()
+        return out.read_bytes()
 
 
 def make_server(argv, make_codecs) -> Server:
@@ -173,8 +256,8 @@ def make_server(argv, make_codecs) -> Server:
     if args.character not in (None, *model.cfg.characters):
         raise UserError(f"--character: there are {', '.join(model.cfg.characters)}")
     model.to(device, runs.native_precision(device))
-    settings = {"character": args.character, "steps": args.steps}
     try:
+        settings = {"character": args.character, "steps": args.steps}
         return Server(args.port, model, codecs.to(device), **settings)
     except (OSError, OverflowError) as error:
         raise UserError(f"--port {args.port}: {error}") from error
