@@ -52,7 +52,7 @@ MULTI = [("multi", 50, 1.0, 25.0)]
 GUIDED = [("multi", 50, 5.0, 25.0)]
 LONG = [("few", 4, 1.0, 60.0), ("few", 4, 1.0, 600.0)]
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
-STAGE_3 = "--stage mutual --init {init} --steps 300 --batch 6 "
+STAGE_3 = "--stage mutual --init {init} --steps 300 "
 REAL = STAGE_3 + "--history real "
 SELF_FORCING = STAGE_3 + "--flow 0 --shortcut 0 --dmd 1 --teacher {needs} "
 # Without stage 1, at equal compute: its steps cost as much as those of stage 2.
@@ -68,8 +68,8 @@ ARMS = {
     "hybrid-real": Arm(REAL, FAST + LONG),
     "shortcut-real": Arm(REAL + "--shortcut 1 --dmd 0 ", FAST, 1),
     "dmd-real": Arm(REAL + "--shortcut 0 --dmd 1 ", FAST, 1),
-    "teacher": Arm(STAGE_2 + "--whole --batch 4 --seconds 3 ", []),  # it cannot stream
-    "self-forcing": Arm(SELF_FORCING + "--lr 5e-5 ", FAST, 3, "teacher"),
+    "teacher": Arm(STAGE_2 + "--whole --seconds 1.5 ", []),  # it cannot stream
+    "self-forcing": Arm(SELF_FORCING + "--lr 2.5e-5 ", FAST, 3, "teacher"),
     "self-forcing-fast": Arm(SELF_FORCING, FAST, 1, "teacher"),
     "clips-of-1s": Arm(STAGE_2 + "--batch 12 --seconds 1 ", FAST, 1),
     "clips-of-3s": Arm(STAGE_2 + "--batch 4 --seconds 3 ", FAST, 1),

@@ -60,9 +60,8 @@ class LiveFilm:
             chunk = (frame - self.num_frames) // self.cfg.chunk_frames
             if not -len(self.kept) <= chunk < 0:
                 raise UserError("this picture is not kept any more")
-            settings = settings | {
-                "first_frame": self.kept[chunk][0][frame % self.cfg.chunk_frames]
-            }
+            frames, _ = self.kept[chunk]
+            settings = settings | {"first_frame": frames[frame % self.cfg.chunk_frames]}
         # What the stream before only read, it did not say.
         self.waiting.extendleft(reversed(self.read))
         self.read.clear()
@@ -142,7 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         except UserError as error:
             self.send_error(400, str(error))
         except ConnectionError:
-            self.close_connection = True  # a page may leave at any time
+            raise
         except Exception as error:  # noqa: BLE001 - a bug, maybe of the maker; the page shows it
             traceback.print_exc()
             self.send_error(500, f"{type(error).__name__}; its traceback is on the server's stderr")
@@ -227,6 +226,10 @@ class Server(ThreadingHTTPServer):
         name = secrets.token_hex(8)
         self.films[name] = LiveFilm(self.model, self.codecs, settings)
         return name
+
+    def handle_error(self, request, client_address) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a page may leave at any time
+            super().handle_error(request, client_address)
 
 
 def film_file(frames: np.ndarray, samples: np.ndarray, cfg: Config) -> bytes:
