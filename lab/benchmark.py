@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import timeit
 from concurrent.futures import ProcessPoolExecutor
 from itertools import groupby, islice
 from pathlib import Path
@@ -53,6 +52,13 @@ def clock(device: torch.device) -> float:
     if device.type != "cpu":
         getattr(torch, device.type).synchronize()
     return time.perf_counter()
+
+
+def seconds_of(function, device: torch.device) -> float:
+    """Seconds that a call takes."""
+    began = clock(device)
+    function()
+    return clock(device) - began
 
 
 def memory(device: torch.device, *, peak: bool) -> float:
@@ -107,9 +113,8 @@ def seconds_alone(products: list[tuple], device: torch.device) -> float:
     def multiply():
         for a, b in pairs:
             a @ b
-        clock(device)
 
-    return min(timeit.repeat(multiply, number=1, repeat=5))
+    return min([seconds_of(multiply, device) for _ in range(5)])
 
 
 def load(checkpoint: Path, device: torch.device, make_codecs) -> tuple:
@@ -121,15 +126,15 @@ def load(checkpoint: Path, device: torch.device, make_codecs) -> tuple:
 @torch.inference_mode()
 def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
     """What a user waits for, once, before a film begins to come."""
-    code = "import time, torch; a = time.perf_counter(); import sample; b = time.perf_counter()"
-    words, root = [sys.executable, "-c", f"{code}; print(b - a)"], Path(sample.__file__).parent
-    import_s = float(subprocess.check_output(words, cwd=root, text=True))
+    code = "import timeit, torch; print(timeit.timeit('import sample', number=1))"
+    folder = Path(sample.__file__).parent
+    import_s = float(subprocess.check_output([sys.executable, "-c", code], cwd=folder))
     began = clock(device)
     model, codecs = load(checkpoint, device, make_codecs)
-    loaded = clock(device)
-    next(stream_film(model, codecs, seconds=10, transcript=TEXT))
-    first_chunk_ms = 1000 * (clock(device) - loaded)
-    return {"import_s": import_s, "load_s": loaded - began, "first_chunk_ms": first_chunk_ms}
+    load_s = clock(device) - began
+    film = stream_film(model, codecs, seconds=10, transcript=TEXT)
+    first_chunk_ms = 1000 * seconds_of(lambda: next(film), device)
+    return {"import_s": import_s, "load_s": load_s, "first_chunk_ms": first_chunk_ms}
 
 
 @torch.inference_mode()
@@ -137,53 +142,49 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
     """Stream a film and write its .mp4; then go on beside a new one."""
     model, codecs = load(checkpoint, device, make_codecs)
     cfg = model.cfg
-
-    def new_film():
-        options = {"mode": mode, "steps": steps, "transcript": TEXT}
-        return stream_film(model, codecs, seconds=86400, **options)
-
-    list(islice(new_film(), 3))  # to warm up
-    chunks = max(1, round(seconds / cfg.chunk_seconds))
-    film, began = new_film(), clock(device)
+    options = {"seconds": 86400, "mode": mode, "steps": steps, "transcript": TEXT}
+    list(islice(stream_film(model, codecs, **options), 3))  # to warm up
+    chunks, chunk_s = max(1, round(seconds / cfg.chunk_seconds)), []
     with tempfile.TemporaryDirectory() as folder:
+        film_began = clock(device)
+        film = stream_film(model, codecs, **options)
         writer = FilmWriter(Path(folder, "film.mp4"), cfg)
-        laps = [clock(device)]
         for index in range(chunks):
+            began = clock(device)
             part = next(film)
-            laps.append(clock(device))
+            chunk_s.append(clock(device) - began)
             writer.add(*part)
-            laps.append(clock(device))
             if index == chunks // 10:
                 early_memory = memory(device, peak=False)
         writer.finish()
         writer.close()
-    end_to_end, growth = clock(device) - began, memory(device, peak=False) - early_memory
+        film_s = clock(device) - film_began
+    growth = memory(device, peak=False) - early_memory
 
-    films, turns = [film, new_film()], [clock(device)]
-    for each in films * min(chunks, 100):
-        next(each)
-        turns.append(clock(device))
-    peak, products = memory(device, peak=True), matrix_products(lambda: next(film))
-    last_s, new_s = np.median(np.diff(turns).reshape(-1, 2), 0)
+    new_film, last_s, new_s = stream_film(model, codecs, **options), [], []
+    for _ in range(min(chunks, 100)):
+        last_s.append(seconds_of(lambda: next(film), device))
+        new_s.append(seconds_of(lambda: next(new_film), device))
+    peak = memory(device, peak=True)
+    limit_s = seconds_alone(matrix_products(lambda: next(film)), device)
 
     video, audio = mf.split(cfg, torch.randn(1, cfg.chunk, cfg.latent_values, device=device))
 
     def decode():
         codecs.video.decode_next(video)
         codecs.audio.decode_next(audio)
-        clock(device)
 
-    decode_s, chunk_s = min(timeit.repeat(decode, number=1, repeat=9)), np.diff(laps)[::2]
+    decode_s = min([seconds_of(decode, device) for _ in range(9)])
     return {
         "first_chunk_ms": 1000 * chunk_s[0],
         "chunk_ms_median": 1000 * np.median(chunk_s),
         "chunk_ms_p95": 1000 * np.quantile(chunk_s, 0.95),
         "decode_ms": 1000 * decode_s,
-        "last_to_new": last_s / new_s,
-        "real_time": chunks * cfg.chunk_seconds / end_to_end,
+        "last_to_new": np.median(last_s) / np.median(new_s),
+        "real_time": chunks * cfg.chunk_seconds / film_s,
         "peak_memory_mb": peak,
         "memory_growth_mb": growth,
-        "limit_share": seconds_alone(products, device) / (np.median(chunk_s) - decode_s),
+        "limit_share": limit_s / (np.median(chunk_s) - decode_s),
     }
 
 
@@ -201,50 +202,36 @@ def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, 
         with train.autocast(args):
             return sum(train.losses_of(state, x, controls, args)[0].values())
 
-    laps = [clock(device)]
+    turns = []
     for turn in range(4):  # the first warms up
+        laps = [clock(device)]
         with train.autocast(args):
-            given = batches.latents(turn, state.codecs, device)
+            x, controls = batches.latents(turn, state.codecs, device)
         laps.append(clock(device))
-        loss = loss_of(*given)
+        loss = loss_of(x, controls)
         laps.append(clock(device))
         loss.backward()
         laps.append(clock(device))
         train.update(state, args)
         laps.append(clock(device))
-    peak, spent = memory(device, peak=True), np.diff(laps).reshape(4, -1)
-    parts = 1000 * np.median(spent[1:], 0)
+        turns.append(np.diff(laps))
+    parts = 1000 * np.median(turns[1:], 0)
     names = ("films_ms", "forward_ms", "backward_ms", "optimizer_ms")
-    row = dict(zip(names, parts)) | {"step_ms": parts.sum(), "peak_memory_mb": peak}
-    limit_ms = 1000 * seconds_alone(matrix_products(lambda: loss_of(*given).backward()), device)
-    return row | {"limit_share": limit_ms / parts[1:3].sum()}
+    row = dict(zip(names, parts)) | {"step_ms": parts.sum()}
+    row["peak_memory_mb"] = memory(device, peak=True)
+    limit_s = seconds_alone(matrix_products(lambda: loss_of(x, controls).backward()), device)
+    return row | {"limit_share": 1000 * limit_s / (row["forward_ms"] + row["backward_ms"])}
 
 
-MEASURES = {"start-up": start_up_row, "film": film_row, "training step": training_row}
-
-
-def jobs_of(longest: float) -> list[tuple]:
-    """The rows to measure: (name in MEASURES, settings); films of so many seconds at most."""
-    films = (("few", 4, 60), ("few", 4, 600), ("few", 8, 10), ("multi", 50, 10))
-    jobs = [("start-up", {})]
-    for mode, steps, seconds in films:
-        jobs.append(("film", {"mode": mode, "steps": steps, "seconds": min(seconds, longest)}))
-    for stage in ("joint", "mutual"):
-        jobs.append(("training step", {"stage": stage, "batch": 8, "seconds": 1.5}))
-    return jobs
-
-
-def benchmark(checkpoint: Path, device: torch.device, make_codecs, jobs: list[tuple]) -> dict:
-    """The machine, and a row for each job, measured in a process of its own."""
-    rows, given = [], (checkpoint, device, make_codecs)
-    options = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
-    options |= {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
-    with ProcessPoolExecutor(1, **options) as pool:
-        for what, settings in tqdm(jobs, disable=None):
-            figures = pool.submit(MEASURES[what], *given, **settings).result()
-            rows.append({"what": what} | settings | figures)
-            print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    return {"machine": machine(device), "rows": rows}
+JOBS = [
+    ("start-up", start_up_row, {}),
+    ("film", film_row, {"mode": "few", "steps": 4, "seconds": 60}),
+    ("film", film_row, {"mode": "few", "steps": 4, "seconds": 600}),
+    ("film", film_row, {"mode": "few", "steps": 8, "seconds": 10}),
+    ("film", film_row, {"mode": "multi", "steps": 50, "seconds": 10}),
+    ("training step", training_row, {"stage": "joint", "batch": 8, "seconds": 1.5}),
+    ("training step", training_row, {"stage": "mutual", "batch": 8, "seconds": 1.5}),
+]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -252,16 +239,25 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("lab.benchmark", description=about)
     add = parser.add_argument
     add("--checkpoint", type=Path, default=sample.SHIPPED, help="default: the shipped one")
-    add("--seconds", type=float, default=600.0, help="length of films, at most; default 600")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--json", action="store_true", help="print one JSON object instead of tables")
     return parser
 
 
-def run(args, make_codecs) -> None:
-    """Measure and print. Raises UserError and OSError."""
-    device, jobs = runs.find_device(args.device), jobs_of(args.seconds)
-    result = benchmark(args.checkpoint, device, make_codecs, jobs)
+def benchmark(args, make_codecs) -> dict:
+    """The machine, and a row for each job. Raises UserError and OSError."""
+    device, rows = runs.find_device(args.device), []
+    given = (args.checkpoint, device, make_codecs)
+    fresh = {"mp_context": multiprocessing.get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(1, **fresh) as pool:
+        for what, measure, settings in tqdm(JOBS, disable=None):
+            figures = pool.submit(measure, *given, **settings).result()
+            rows.append({"what": what} | settings | figures)
+    return {"machine": machine(device), "rows": rows}
+
+
+def show(result: dict, args) -> None:
+    """Print what benchmark() returned: JSON, or a table for each kind of row."""
     if args.json:
         print(json.dumps(result))
         return
@@ -275,7 +271,7 @@ def run(args, make_codecs) -> None:
 def main(argv=None, make_codecs=make_codecs) -> int:
     """The command line. Returns 0, 2 for a mistake of the user, 130 if interrupted."""
     args = build_parser().parse_args(argv)
-    return runs.exit_code("lab.benchmark", lambda: run(args, make_codecs))
+    return runs.exit_code("lab.benchmark", lambda: show(benchmark(args, make_codecs), args))
 
 
 if __name__ == "__main__":
