@@ -10,6 +10,7 @@ import hashlib
 import json
 import statistics
 import sys
+from collections import defaultdict
 from itertools import groupby, product
 from pathlib import Path
 from typing import NamedTuple
@@ -35,34 +36,43 @@ from mutual_forcing import UserError
 from sample import load_talker
 
 
+class Films(NamedTuple):
+    """Films to score."""
+
+    settings: list[tuple]  # pairs of a mode and its denoising steps
+    guidance: float = 1.0
+    seconds: float = 25.0
+
+
 class Arm(NamedTuple):
     """A way of training, and its scores."""
 
     options: str  # of train.py; {init}: --init, {codec}: codec.pt beside it, {needs}: see below
-    scores: list  # see SCORE
+    films: list[Films]
     seeds: int = 3  # at most so many
     needs: str | None = None  # an arm that is trained before, with the same seed
     extra: dict | None = None  # objectives beside those of the module
 
 
-SCORE = ("mode", "steps", "guidance", "seconds")  # how the films of a score are made
-FAST = [("few", 4, 1.0, 25.0), ("few", 8, 1.0, 25.0)]
-MORE = [("few", steps, 1.0, 25.0) for steps in (1, 2, 16)]
-MULTI = [("multi", 50, 1.0, 25.0)]
-GUIDED = [("multi", 50, 5.0, 25.0)]
-LONG = [("few", 4, 1.0, 60.0), ("few", 4, 1.0, 600.0)]
+FEW = [("few", 4), ("few", 8)]
+MULTI = [("multi", 50)]
+FAST = [Films(FEW)]
+BOTH = [Films(FEW + MULTI)]
+ALL = [Films([*FEW, ("few", 1), ("few", 2), ("few", 16), *MULTI])]
+GUIDED = [Films(MULTI, guidance=5.0)]
+LONG = [Films([("few", 4)], seconds=60.0), Films([("few", 4)], seconds=600.0)]
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
 STAGE_3 = "--stage mutual --init {init} --steps 300 "
 REAL = STAGE_3 + "--history real "
 SELF_FORCING = STAGE_3 + "--flow 0 --shortcut 0 --dmd 1 --teacher {needs} "
 # Without stage 1, at equal compute: its steps cost as much as those of stage 2.
-BOTH = train.STAGES["unimodal"].steps + train.STAGES["joint"].steps
-ONE_STAGE = f"--stage joint --init {{codec}} --steps {BOTH} "
+STEPS = train.STAGES["unimodal"].steps + train.STAGES["joint"].steps
+ONE_STAGE = f"--stage joint --init {{codec}} --steps {STEPS} "
 ARMS = {
-    "two-stages": Arm("", FAST + MULTI, 1),  # --init itself
+    "two-stages": Arm("", BOTH, 1),  # --init itself
     # Stage 2 continued, in all else like the other arms of stage 3.
-    "control": Arm(REAL + "--flow 1 --shortcut 0 --dmd 0 ", FAST + MULTI + GUIDED + LONG),
-    "hybrid": Arm(STAGE_3, FAST + MORE + MULTI + LONG),
+    "control": Arm(REAL + "--flow 1 --shortcut 0 --dmd 0 ", BOTH + GUIDED + LONG),
+    "hybrid": Arm(STAGE_3, ALL + LONG),
     "shortcut": Arm(STAGE_3 + "--shortcut 1 --dmd 0 ", FAST),
     "dmd": Arm(STAGE_3 + "--shortcut 0 --dmd 1 ", FAST),
     "hybrid-real": Arm(REAL, FAST + LONG),
@@ -76,11 +86,11 @@ ARMS = {
     "guidance-5": Arm(STAGE_3 + "--guidance 5 ", FAST, 1),
     "hybrid-late": Arm(STAGE_3 + "--history late ", FAST + LONG, 1),
     "no-fake-score": Arm(STAGE_3 + "--dmd 0 ", FAST, 3, extra={"flow_map": flow_map_dmd}),
-    "one-stage": Arm(ONE_STAGE, FAST + MULTI, 1),  # the last one, because it takes hours
+    "one-stage": Arm(ONE_STAGE, BOTH, 1),  # the last one, because it takes hours
 }
 RESTS_ON = ("mutual_forcing", "train", "data/batches", "data/codecs", "data/controls")
 RESTS_ON += ("data/talker", "lab/evaluate", "lab/ruler", "lab/looks", "lab/flow_map")
-SCORED = [name for name, arm in ARMS.items() if arm.scores]
+SCORED = [name for name, arm in ARMS.items() if arm.films]
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the Markdown file
 
 
@@ -132,31 +142,30 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
 @torch.no_grad()
 def likeness(model, codecs) -> list[float]:
     """How alike the two modes are: cosine of attention outputs on the same chunks, by layer."""
-    cfg, cosines = model.cfg, []
+    cfg, outputs = model.cfg, []
     seed = [0, len(train.STAGES), 0]  # no stage draws these films
-    x, controls = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8).latents(
-        0, codecs, model.device
-    )
-    t, stop = mf.time_grid(cfg, 4).to(x)[1:3]
+    batches = Batches(cfg, talk, seed, [2 * cfg.chunk_seconds], 8)
+    x, controls = batches.latents(0, codecs, model.device)
+    t, end = mf.time_grid(cfg, 4).to(x)[1:3]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     x_t = mf.add_noise(x, noise, t)
 
-    def compare(out, inputs):
-        few, multi = inputs[0][:, :, -x.shape[1] :].chunk(2, 1)  # each (2, B, S, N, D)
-        cosines.append(torch.cosine_similarity(few, multi, -1).mean().item())
+    def keep(layer, inputs):
+        outputs.append(inputs[0][:, :, -x.shape[1] :])  # (2, B, S, N, D), without the history
 
-    hooks = [block.out.register_forward_pre_hook(compare) for block in model.blocks]
-    # One batch for both modes: the few-step mode's half, then the multi-step mode's.
-    d = torch.cat([stop - t, 0 * t]).repeat_interleave(len(x), 0)
-    controls = mf.Controls(*[torch.cat([control, control]) for control in controls])
-    model(x_t.repeat(2, 1, 1), t, d, controls, x.repeat(2, 1, 1))
+    hooks = [block.out.register_forward_pre_hook(keep) for block in model.blocks]
+    for d in (end - t, 0 * t):
+        model(x_t, t, d, controls, x)
     for hook in hooks:
         hook.remove()
-    return [round(cosine, 4) for cosine in cosines]
+    layers = len(model.blocks)
+    few, multi = torch.stack(outputs[:layers]), torch.stack(outputs[layers:])
+    cosines = torch.cosine_similarity(few, multi, -1).flatten(1).mean(1)
+    return [round(cosine, 4) for cosine in cosines.tolist()]
 
 
-def draw_strip(model, codecs, name: str, seconds: float) -> bytes:
-    """A PNG: three characters, each after 2 seconds and at the end, below the name of the arm."""
+def draw_strip(model, codecs, name: str, seconds: float) -> np.ndarray:
+    """Three characters, each after 2 seconds and at the end, below the name of the arm."""
     cfg, shots = model.cfg, []
     for character in cfg.characters[:3]:
         words = {"transcript": "the quick brown fox jumps " * 6, "character": character}
@@ -166,53 +175,47 @@ def draw_strip(model, codecs, name: str, seconds: float) -> bytes:
     strip = np.concatenate(shots, 1).repeat(2, 0).repeat(2, 1)
     label = Image.new("RGB", (strip.shape[1], 16), "white")
     ImageDraw.Draw(label).text((4, 2), f"{name}: 2 s and {seconds:g} s", "black")
-    return iio.imwrite("<bytes>", np.concatenate([label, strip]), extension=".png")
+    return np.concatenate([label, strip])
 
 
 def jobs_of(args) -> list[dict]:
-    """All scores asked for, as parts of their rows; the first seed of each arm comes first."""
+    """All films to score, with what their rows share; the first seed of each arm comes first."""
     jobs = []
     for seed, name in product(range(args.seeds), args.arms):
-        for score in ARMS[name].scores if seed < ARMS[name].seeds else ():
-            job = {"arm": name, "seed": seed} | dict(zip(SCORE, score))
-            job["seconds"] = min(job["seconds"], args.seconds)
+        for films in ARMS[name].films if seed < ARMS[name].seeds else ():
+            job = {"arm": name, "seed": seed} | films._asdict()
+            job["seconds"] = min(films.seconds, args.seconds)
             job["talkers"] = min(args.talkers, 4) if job["seconds"] > 60 else args.talkers
-            if job not in jobs:  # a short --seconds makes some alike
-                jobs.append(job)
+            jobs.append(job)
     return jobs
 
 
-def kind_of(job: dict) -> list:
-    """What is equal in the scores that are made together."""
-    return [job[name] for name in ("arm", "seed", "guidance", "seconds", "talkers")]
-
-
-def score_arm(jobs: list[dict], args, results: dict, make_codecs) -> None:
-    """Train an arm, if need be, and enter its scores of one kind in the results."""
-    job = jobs[0]
-    name, seed = job["arm"], str(job["seed"])
-    checkpoint = train_arm(name, job["seed"], args, make_codecs)
-    model, codecs = load_talker(checkpoint, make_codecs)
-    model, codecs = model.to(args.device), codecs.to(args.device)
-    arm = results["arms"].setdefault(name, {"options": options_of(name, args), "alike": {}})
-    if seed not in arm["alike"]:
-        arm["alike"][seed] = likeness(model, codecs)
-        if seed == "0":
-            strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
-            replace_file(args.out / f"{name}.png", strip)
-    films = {"seconds": job["seconds"], "talkers": job["talkers"]}
-    settings = [(job["mode"], job["steps"]) for job in jobs]
-    how = {"settings": settings, "guidance": job["guidance"]}
-    for row in evaluate({name: (model, codecs)}, **how, **films)["rows"]:
-        key = {"arm": row.pop("checkpoint"), "seed": job["seed"] if row["mode"] else None} | films
-        key |= {name: row[name] for name in ("mode", "steps", "guidance", "control")}
-        if not holds(results, key):  # ground truth comes with every score
-            results["rows"].append(key | row)
-
-
-def holds(results: dict, key: dict) -> bool:
+def holds(results: dict, **values) -> bool:
     """Whether one of the rows has these values."""
-    return any(key.items() <= row.items() for row in results["rows"])
+    return any(values.items() <= row.items() for row in results["rows"])
+
+
+def score_films(args, results: dict, make_codecs, *, arm, seed, settings, **films) -> None:
+    """Enter the scores of an arm's films in the results; before, train it, if need be."""
+    missing = []
+    for mode, steps in settings:
+        if not holds(results, arm=arm, seed=seed, mode=mode, steps=steps, **films):
+            missing.append((mode, steps))
+    if not missing:
+        return
+    model, codecs = load_talker(train_arm(arm, seed, args, make_codecs), make_codecs)
+    model, codecs = model.to(args.device), codecs.to(args.device)
+    about = results["arms"].setdefault(arm, {"options": options_of(arm, args), "alike": {}})
+    if str(seed) not in about["alike"]:
+        about["alike"][str(seed)] = likeness(model, codecs)
+        if seed == 0:
+            strip = draw_strip(model, codecs, arm, min(25.0, args.seconds))
+            iio.imwrite(args.out / f"{arm}.png", strip)
+    for row in evaluate({arm: (model, codecs)}, settings=missing, **films)["rows"]:
+        figures = {name: row.pop(name) for name in FIGURES}
+        row = {"arm": row.pop("checkpoint"), "seed": seed if row["mode"] else None} | films | row
+        if not holds(results, **row):  # ground truth comes with every score
+            results["rows"].append(row | figures)
 
 
 def load_results(path: Path) -> dict:
@@ -257,17 +260,22 @@ def mean(values) -> str:
     return f"{statistics.mean(values):.3g}{spread}" if values else "-"
 
 
+def by_part(lists) -> str:
+    """Lists of several seeds, with a number a window or layer -> the mean of each."""
+    return " / ".join([mean(values) for values in zip(*lists)])
+
+
 def table(rows: list[dict]) -> str:
     """Rows of the same films -> a line for each arm and way of sampling; a number a window."""
-    columns, groups, lines = ("arm", "mode", "steps", "guidance"), {}, []
+    columns, seeds_of = ("arm", "mode", "steps", "guidance"), defaultdict(list)
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in columns), []).append(row)
-    for key, seeds in groups.items():
-        line = dict(zip(columns, key)) | {"seeds": len(seeds) if key[1] else None}
-        for name in FIGURES:
-            if rows[0][name][0] is not None:  # else it does not apply to these films
-                by_window = zip(*[row[name] for row in seeds])
-                line[name.replace("_", " ")] = " / ".join([mean(values) for values in by_window])
+        seeds_of[tuple(row[name] for name in columns)].append(row)
+    figures = [name for name in FIGURES if rows[0][name][0] is not None]  # those that apply
+    lines = []
+    for key, seeds in seeds_of.items():
+        line = dict(zip(columns, key)) | {"seeds": len(seeds) if seeds[0]["mode"] else None}
+        for name in figures:
+            line[name.replace("_", " ")] = by_part([row[name] for row in seeds])
         lines.append(line)
     return markdown(lines)
 
@@ -281,20 +289,16 @@ def tables(results: dict) -> str:
     def films_of(row):
         return row["control"] != "spoken", row["seconds"], row["talkers"]
 
-    def place(row):
-        order = ["ground truth", "shuffled sound", *ARMS, row["arm"]]
-        return *films_of(row), order.index(row["arm"])
-
-    rows = sorted(results["rows"], key=place)
-    for (is_babbling, seconds, talkers), same in groupby(rows, films_of):
+    order = ["ground truth", "shuffled sound", *ARMS, *results["arms"]]
+    rows = sorted(results["rows"], key=lambda row: order.index(row["arm"]))
+    for (is_babbling, seconds, talkers), same in groupby(sorted(rows, key=films_of), films_of):
         windows = " / ".join([f"{begin}-{end}" for begin, end in windows_of(seconds)])
         title = "Babbling" if is_babbling else "Spoken"
         title = f"### {title}, {talkers} talkers, films of {seconds:g} s: seconds {windows}"
         parts += [title, table(list(same))]
     lines = []
     for name, arm in results["arms"].items():
-        layers = [mean(values) for values in zip(*arm["alike"].values())]
-        lines.append({"arm": name, "cosine by layer": " / ".join(layers)})
+        lines.append({"arm": name, "cosine by layer": by_part(arm["alike"].values())})
     if lines:
         parts += ["### How alike the two modes are", markdown(lines)]
     return "\n\n".join(parts)
@@ -308,7 +312,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("runs/claims"), help="folder; default %(default)s")
     add("--results", type=Path, default=Path("docs/results.json"), help="default %(default)s")
     add("--seeds", type=int, default=1, help="of each arm, at most what ARMS says; default 1")
-    add("--arms", nargs="+", choices=SCORED, metavar="NAME", help=", ".join(SCORED))
+    names = ", ".join(SCORED)
+    add("--arms", nargs="+", choices=SCORED, default=SCORED, metavar="NAME", help=names)
     add("--steps", type=int, help="training steps of every arm; default: see ARMS")
     add("--batch", type=int, help="films of a training step; default: see ARMS")
     add("--talkers", type=int, default=16, help="films to score; long ones: 4 at most; default 16")
@@ -330,32 +335,27 @@ def run(args, make_codecs) -> None:
     if not args.init or args.seeds < 1 or args.talkers < 2 or args.seconds < 5:
         raise UserError("needs --init; --seeds from 1, --talkers from 2, --seconds from 5")
     args.device, args.checksums = runs.find_device(args.device), checksums(args.init)
-    args.init, args.out = args.init.resolve(), args.out.resolve()
     _, _, extra = load_checkpoint(args.init, make_codecs)
     if extra.get("stage") != "joint" or extra.get("whole"):
         raise UserError(f"{args.init}: not the end of stage 2")
-    args.arms = args.arms or SCORED
     if "one-stage" in args.arms and not args.init.with_name("codec.pt").exists():
         print("no codec.pt beside --init, so arm one-stage is left out", file=sys.stderr)
         args.arms = [name for name in args.arms if name != "one-stage"]
     args.out.mkdir(parents=True, exist_ok=True)
     results = open_results(args)
     store(results, args.results)  # an error comes now, and not after hours
-    missing = [job for job in jobs_of(args) if not holds(results, job)]
-    groups = [list(jobs) for _, jobs in groupby(missing, kind_of)]
     failed = None
-    for jobs in tqdm(groups, "scores", disable=None):
+    for job in tqdm(jobs_of(args), "scores", disable=None):
         try:
-            score_arm(jobs, args, results, make_codecs)
+            score_films(args, results, make_codecs, **job)
         except UserError as error:  # such as a gradient that is not finite; the others go on
             failed = error
-            print(f"lab.claims: {jobs[0]['arm']}: {error}", file=sys.stderr)
+            print(f"lab.claims: {job['arm']}: {error}", file=sys.stderr)
         store(results, args.results)
     strips = [args.out / f"{name}.png" for name in SCORED]
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
-        picture = iio.imwrite("<bytes>", np.concatenate(pictures), extension=".png")
-        replace_file(args.out / "arms.png", picture)
+        iio.imwrite(args.out / "arms.png", np.concatenate(pictures))
     if failed:
         raise UserError("not all arms have scores, as it says above") from failed
 
