@@ -22,7 +22,7 @@ import mutual_forcing as mf
 import sample
 import train
 from data import checkpoint
-from data.codecs import AudioCodec, Codecs, VideoCodec
+from data.codecs import AudioCodec, Codecs, VideoCodec, make_codecs
 from data.controls import film_controls, spell, stream_film
 from data.runs import read_config
 from mutual_forcing import AudioVideoTransformer, Config, Controls
@@ -77,10 +77,9 @@ def some_case(chunks=6, **changes):
 
 
 def test_config_names_the_field_that_is_wrong():
-    wrong = (
-        "window=2.0 fps=x characters=9 shift=-4 chunk=0 fps=0 video_dim=-1 layers=1048576 tokens=3"
-    )
-    for pair in f"{wrong} width=100 clock=1 shift=nan nothing=1 sample_rate=8001".split():
+    wrong = "window=2.0 fps=x characters=9 shift=-4 chunk=0 fps=0 video_dim=-1 layers=1048576"
+    wrong += " tokens=3 width=100 clock=1 shift=nan nothing=1 sample_rate=8001"
+    for pair in wrong.split():
         with pytest.raises(mf.UserError, match=pair):
             read_config([pair])
     assert read_config(["shift=2.5", "width=96"]) == Config(shift=2.5, width=96)
@@ -179,6 +178,8 @@ def test_the_mask_is_the_picture_in_its_docstring():
     row = torch.cat([torch.tensor([0]), 1 + chunk, 4 + chunk]).repeat_interleave(tokens)
     column = torch.cat([torch.tensor([0, 0, 1]), 2 + chunk, 5 + chunk]).repeat_interleave(tokens)
     assert torch.equal(mask, picture[row][:, column])
+    mask = mf.ParallelAttention(cfg, 6, chunk=2, has_history=False, coupled=True).mask
+    assert mask[:tokens, :tokens].all() and not mask[:tokens, tokens:].any()  # the reference
 
 
 def chunks_changed(model, given, **other):
@@ -208,17 +209,6 @@ def test_future_leaves_the_past_alone_and_history_moves_the_chunk(layers):
         symbols[:, at] = (symbols[:, at] + 1) % 27
         other = given["controls"]._replace(symbols=symbols)
         assert chunks_changed(model, given, controls=other)[0] == chunk
-
-
-def test_the_reference_sees_itself_alone():
-    (model, given), seen = some_case(), []
-    model.blocks[-1].register_forward_hook(lambda _, inputs, out: seen.append(out[:, :, 0]))
-    others = {"history": None}, {"x_t": -given["x_t"], "history": -given["history"]}
-    for other in ({}, *others):
-        model(**given | other)
-    model.start(given["controls"])
-    assert len(seen) == 4 and seen[0].std() > 0.1
-    assert all(torch.allclose(reference, seen[0], atol=1e-5) for reference in seen)
 
 
 @pytest.mark.parametrize("coupled", [True, False])
@@ -286,7 +276,9 @@ def test_a_chunk_is_denoised_in_its_mode_and_committed_at_t_1_and_d_0(few):
 class StandIn(nn.Module):
     """A stand-in for a VAE of any stride: it shows greys, which add up over time."""
 
-    cfg = TINY
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg = cfg
 
     def encode(self, frames):
         grey = frames.float().unflatten(1, (-1, self.cfg.step_frames)).mean((2, 3, 4, 5))
@@ -299,9 +291,7 @@ class StandIn(nn.Module):
 
 
 def stand_in(cfg: Config) -> Codecs:
-    codecs = Codecs(StandIn(), AudioCodec(cfg))
-    codecs.video.cfg = cfg
-    return codecs
+    return Codecs(StandIn(cfg), AudioCodec(cfg))
 
 
 @pytest.mark.parametrize("seconds, make_codecs", [(1.3, small_codecs), (1.5, stand_in)])
@@ -390,12 +380,10 @@ def test_stage_2_overfits_a_batch_and_leaves_both_modes_equal_bit_for_bit():
     assert not torch.equal(model(**given), multi)
 
 
-def stage3(b=3, chunks=6, frozen=(), **options):
+def stage3(b=3, chunks=6, **options):
     """Losses and logs of a step of stage 3, and its models."""
     torch.manual_seed(0)
     nets = {name: lively() for name in ("model", "teacher", "real_score", "fake_score")}
-    for name in frozen:
-        nets[name].requires_grad_(False)
     x, _, controls = some_clip(b, chunks)
     return *mf.mutual_forcing_loss(**{"x": x, "controls": controls} | nets | options), nets
 
@@ -418,19 +406,6 @@ def test_each_objective_reaches_the_weights_of_both_branches(term, history, bf16
     for other in nets.values():  # no gradient through history, targets and scores
         assert all(weight.grad is None for weight in other.parameters())
     assert all(math.isfinite(value) for value in logs.values())
-
-
-@pytest.mark.parametrize(
-    "term, moves, frozen", [("dmd", "model", "fake_score"), ("fake", "fake_score", "model")]
-)
-def test_generator_and_fake_score_move_apart(term, moves, frozen):
-    losses, _, nets = stage3(weights={"dmd": 1}, frozen=[frozen])
-    before = {name: net.place.clone() for name, net in nets.items()}
-    losses[term].backward()
-    for net in nets.values():
-        torch.optim.SGD(net.parameters(), 0.1).step()
-    moved = [name for name, net in nets.items() if not torch.equal(net.place, before[name])]
-    assert moved == [moves]
 
 
 def test_objectives_weigh_what_is_asked_and_one_of_weight_zero_is_left_out():
@@ -621,10 +596,6 @@ def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
 
-def other_codecs(cfg):
-    return Codecs(VideoCodec(cfg, fine=16, coarse=8), AudioCodec(cfg))
-
-
 def test_bad_checkpoints_end_in_a_line_that_says_why(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     checkpoint.save_checkpoint("good.pt", lively(), CODECS)
@@ -651,7 +622,7 @@ def test_bad_checkpoints_end_in_a_line_that_says_why(tmp_path, monkeypatch):
     with pytest.raises(checkpoint.CheckpointError, match="No such file"):
         checkpoint.load_checkpoint("missing.pt", small_codecs)
     with pytest.raises(checkpoint.CheckpointError, match=r"codecs: size mismatch for video[^\n]*$"):
-        checkpoint.load_checkpoint("good.pt", other_codecs)
+        checkpoint.load_checkpoint("good.pt", make_codecs)
 
 
 # ---- The scripts ---------------------------------------------------------------------------------
@@ -677,8 +648,7 @@ def small(tmp_path_factory) -> Path:
     return folder / "joint.pt"
 
 
-# BUG: --resume goes on with codecs rounded to half precision, also where the run made
-# its own.
+# BUG: --resume goes on with codecs rounded to half precision, also where the run made its own.
 @pytest.mark.parametrize("stage", list(train.STAGES))
 def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypatch):
     words, step = f"--stage {stage} --steps 4 --from-scratch", train.train_step
@@ -696,9 +666,8 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
         run_train(tmp_path / "parts", words)
     monkeypatch.setattr(train, "train_step", step)
     assert run_train(tmp_path / "parts", f"{words} --resume") == 0
-    whole, parts = (
-        checkpoint.load_file(tmp_path / name / "resume.pt") for name in ("whole", "parts")
-    )
+    files = [tmp_path / name / "resume.pt" for name in ("whole", "parts")]
+    whole, parts = [checkpoint.load_file(file) for file in files]
     for one, other in zip(tree_leaves(whole), tree_leaves(parts), strict=True):
         assert not torch.is_tensor(one) or torch.equal(one, other)  # of all nets and optimizers
     lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
@@ -707,10 +676,9 @@ def test_two_plus_two_steps_are_four_steps_bit_for_bit(stage, tmp_path, monkeypa
 
 def test_all_stages_run_in_turn_and_each_trains_what_it_says(tmp_path):
     assert run_train(tmp_path, "--steps 2") == 0
-    nets = [
-        checkpoint.load_checkpoint(tmp_path / f"{name}.pt", small_codecs) for name in train.STAGES
-    ]
-    models, codecs, extras = zip(*nets)
+    files = [tmp_path / f"{stage}.pt" for stage in train.STAGES]
+    loaded = [checkpoint.load_checkpoint(file, small_codecs) for file in files]
+    models, codecs, extras = zip(*loaded)
     assert [extra["stage"] for extra in extras] == list(train.STAGES)
     for later in codecs[1:]:  # stage 0 alone trains the codec
         for name, weight in later.state_dict().items():
@@ -780,20 +748,15 @@ def test_the_readmes_examples_stream_and_train(tmp_path, capsys):
 
 def test_readme_commands_parse_and_files_exist():
     text = (HERE / "README.md").read_text() + (HERE / "docs" / "training.md").read_text()
-    parsers = {"train.py": train.build_parser(), "sample.py": sample.build_parser()}
-    seen = set()
-    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
-        for line in block.splitlines():
-            for script, parser in parsers.items():
-                if f"{script} " in line + " " and "$" not in line:
-                    words = shlex.split(line.split(script, 1)[1], comments=True)
-                    args = parser.parse_args(words)  # exits if it does not fit
-                    if script == "train.py":
-                        args.weights, args.extra = mf.WEIGHTS, None
-                        stages = list(train.STAGES) if args.stage == "all" else [args.stage]
-                        train.check(args, Config(), stages)
-                    seen.add(script)
-    assert seen == set(parsers)
+    parsers = {"train": train.build_parser(), "sample": sample.build_parser()}
+    commands = re.findall(r"(?m)^(?:python|torchrun .*) (train|sample)\.py\b([^$\n]*)$", text)
+    assert {script for script, _ in commands} == set(parsers)
+    for script, words in commands:
+        args = parsers[script].parse_args(shlex.split(words, comments=True))  # exits if wrong
+        if script == "train":
+            args.weights, args.extra = mf.WEIGHTS, None
+            stages = list(train.STAGES) if args.stage == "all" else [args.stage]
+            train.check(args, Config(), stages)
     for name in re.findall(r"\]\(([\w./-]+)\)", text):
         assert (HERE / name).exists() or (HERE / "docs" / name).exists(), name
     source = "".join(file.read_text() for file in [*HERE.glob("*.py"), *HERE.glob("*/*.py")])

@@ -94,13 +94,9 @@ def test_the_ruler_knows_truth_from_shuffled_sound_and_sees_what_is_wrong():
 
 def blurred(frames: np.ndarray) -> np.ndarray:
     """Frames with the mean of 3 x 3 pixels in each pixel's place."""
-    height, width = frames.shape[2:4]
-    padded = np.pad(frames, [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)], mode="edge")
-    total = np.zeros(frames.shape, np.float32)
-    for y in range(3):
-        for x in range(3):
-            total += padded[:, :, y : y + height, x : x + width]
-    return np.rint(total / 9).astype(np.uint8)
+    pixels = torch.from_numpy(frames).float().movedim(-1, 2).flatten(0, 1)
+    means = F.avg_pool2d(F.pad(pixels, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    return means.round().byte().movedim(1, -1).reshape(frames.shape).numpy()
 
 
 def test_the_ruler_sees_what_is_wrong_with_the_picture():
@@ -135,8 +131,7 @@ def test_the_ruler_sees_what_is_wrong_with_the_picture():
     assert noisy["lopsided"] < 0.01 and 0.95 < noisy["lips_follow"] < 1.05
     assert abs(noisy["iris"] - truth["iris"]) < 2 and noisy["mouth_letters"] > 0.95
 
-    # A mouth of another moment, beside a grey eye; one that does not follow; one that
-    # is torn.
+    # A mouth of another moment, beside a grey eye; one that does not follow; one that is torn.
     other, fixed, torn = (frames.copy() for _ in range(3))
     other[:, :, 20:31, 32:46] = other[:, :, 20:31, 32:46].mean(-1, keepdims=True)
     for film, places in enumerate(np.rint(looks.mouth).astype(int)):
@@ -282,11 +277,11 @@ def test_a_chunk_costs_its_steps_and_the_commit():
 
 
 def test_benchmark_prints_positive_figures(checkpoint, monkeypatch, capsys):
-    (_, (what, film_row, settings), *jobs) = benchmark.JOBS
+    (what, measure, settings), training_jobs = benchmark.JOBS[1], benchmark.JOBS[-2:]
     given = (checkpoint, torch.device("cpu"), make_codecs)
     assert benchmark.main(["--device", "abacus"]) == 2
     words = ["--device=cpu", f"--checkpoint={checkpoint}"]
-    monkeypatch.setattr(benchmark, "JOBS", [(what, film_row, settings | {"seconds": 1})])
+    monkeypatch.setattr(benchmark, "JOBS", [(what, measure, settings | {"seconds": 1})])
     assert benchmark.main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     film = rows[0]
@@ -294,7 +289,7 @@ def test_benchmark_prints_positive_figures(checkpoint, monkeypatch, capsys):
     assert abs(film.pop("memory_growth_mb")) < 100
     rows.append(benchmark.start_up_row(*given))
     monkeypatch.setattr(benchmark, "matrix_products", lambda step: [((2, 2), (2, 2))])  # fast
-    for _, measure, settings in jobs[-2:]:
+    for _, measure, settings in training_jobs:
         rows.append(measure(*given, **settings | {"batch": 1}))
         assert rows[-1]["step_ms"] > rows[-1]["forward_ms"] + rows[-1]["backward_ms"]
     for row in rows:
@@ -350,10 +345,8 @@ def test_without_a_fake_score_films_move_toward_the_data(mean):
 
 
 def test_claims(tmp_path, monkeypatch, capsys):
-    tiny = (
-        f"--preset tiny --stage joint --from-scratch --steps 4 --device cpu --out {tmp_path}/init"
-    )
-    assert train.main(tiny.split()) == 0
+    tiny = "--preset tiny --stage joint --from-scratch --steps 4 --device cpu"
+    assert train.main([*tiny.split(), "--out", f"{tmp_path}/init"]) == 0
     results, page = tmp_path / "r.json", tmp_path / "r.md"
     page.write_text(f"above\n{claims.BEGIN}\nold\n{claims.END}\nbelow\n")
     words = f"--init {tmp_path}/init/joint.pt --out {tmp_path}/arms --results {results}"
@@ -377,8 +370,7 @@ def test_claims(tmp_path, monkeypatch, capsys):
     first = json.loads(results.read_text())
     assert {row["arm"] for row in first["rows"]} == {"ground truth", "shuffled sound", "shortcut"}
     assert claims.main(words) == 0
-    # Two steps of each arm and none twice, in four runs, as the teacher's was
-    # interrupted.
+    # Two steps of each arm and none twice, in four runs, as the teacher's was interrupted.
     assert steps == [("mutual", 2)] * 2 + [("joint", 2)] * 2 + [("mutual", 2)] * 2
     whole = json.loads(results.read_text())
     assert whole["rows"][:8] == first["rows"] and len(whole["rows"]) == 12 and len(runs) == 4
@@ -473,8 +465,7 @@ def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
     other_frames, _, _ = read_chunks(ask, other, 0, 1)
     assert not np.array_equal(other_frames, whole_frames[:4])
 
-    # From the picture of frame 30, with other settings; text that was not spoken still
-    # is.
+    # From the picture of frame 30, with other settings; text that was not spoken still is.
     assert ask("/say", film=film, text="mama")[0] == 200
     assert ask("/restart", film=film, frame=30, character="hana", seed=5)[0] == 200
     frames, samples, _ = read_chunks(ask, film, 8, 11)
