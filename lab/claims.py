@@ -182,7 +182,9 @@ def jobs_of(args) -> list[dict]:
     """All films to score, with what their rows share; the first seed of each arm comes first."""
     jobs = []
     for seed, name in product(range(args.seeds), args.arms):
-        for films in ARMS[name].films if seed < ARMS[name].seeds else ():
+        if seed >= ARMS[name].seeds:
+            continue
+        for films in ARMS[name].films:
             job = {"arm": name, "seed": seed} | films._asdict()
             job["seconds"] = min(films.seconds, args.seconds)
             job["talkers"] = min(args.talkers, 4) if job["seconds"] > 60 else args.talkers
@@ -190,18 +192,16 @@ def jobs_of(args) -> list[dict]:
     return jobs
 
 
-def holds(results: dict, **values) -> bool:
+def holds(results: dict, values: dict) -> bool:
     """Whether one of the rows has these values."""
     return any(values.items() <= row.items() for row in results["rows"])
 
 
 def score_films(args, results: dict, make_codecs, *, arm, seed, settings, **films) -> None:
-    """Enter the scores of an arm's films in the results; before, train it, if need be."""
-    missing = []
-    for mode, steps in settings:
-        if not holds(results, arm=arm, seed=seed, mode=mode, steps=steps, **films):
-            missing.append((mode, steps))
-    if not missing:
+    """Train an arm, if need be, and enter the scores of its films, unless the results hold them."""
+    job = {"arm": arm, "seed": seed} | films
+    rows = [job | {"mode": mode, "steps": steps} for mode, steps in settings]
+    if all(holds(results, row) for row in rows):
         return
     model, codecs = load_talker(train_arm(arm, seed, args, make_codecs), make_codecs)
     model, codecs = model.to(args.device), codecs.to(args.device)
@@ -211,10 +211,10 @@ def score_films(args, results: dict, make_codecs, *, arm, seed, settings, **film
         if seed == 0:
             strip = draw_strip(model, codecs, arm, min(25.0, args.seconds))
             iio.imwrite(args.out / f"{arm}.png", strip)
-    for row in evaluate({arm: (model, codecs)}, settings=missing, **films)["rows"]:
+    for row in evaluate({arm: (model, codecs)}, settings=settings, **films)["rows"]:
         figures = {name: row.pop(name) for name in FIGURES}
         row = {"arm": row.pop("checkpoint"), "seed": seed if row["mode"] else None} | films | row
-        if not holds(results, **row):  # ground truth comes with every score
+        if not holds(results, row):  # ground truth comes with all films
             results["rows"].append(row | figures)
 
 
