@@ -102,36 +102,30 @@ def checksums(init: Path) -> dict:
     return {"init": hashlib.sha256(init.read_bytes()).hexdigest(), "code": code.hexdigest()}
 
 
-def options_of(name: str, args) -> str:
-    """An arm's options of train.py before paths are filled in; if one occurs twice, the last counts."""
-    given = {"steps": args.steps, "batch": args.batch}
-    words = [f"--{option} {value}" for option, value in given.items() if value is not None]
-    return ARMS[name].options + " ".join(words) if ARMS[name].options else ""
-
-
 def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     """Train an arm, after the one that it needs, unless its checkpoint is complete. Returns that.
 
     Raises UserError if train.py fails, KeyboardInterrupt if it was interrupted.
     """
-    options = options_of(name, args)
-    if not options:
+    arm = ARMS[name]
+    if not arm.options:
         return args.init
     # What another --init, other code or other options made is in another folder.
-    needed = options_of(ARMS[name].needs, args) if ARMS[name].needs else ""
-    key = hashlib.sha256(f"{args.checksums} {options} {needed}".encode()).hexdigest()[:8]
+    needed = ARMS[arm.needs].options if arm.needs else ""
+    key = hashlib.sha256(f"{args.checksums} {arm.options} {needed}".encode()).hexdigest()[:8]
     folder = args.out / f"{name}-{seed}-{key}"
-    parsed = train.build_parser().parse_args(options.split())
+    parsed = train.build_parser().parse_args(arm.options.split())
     checkpoint = folder / f"{parsed.stage}.pt"
     steps = train.plan_of(parsed, parsed.stage).steps
     if checkpoint.exists() and load_checkpoint(checkpoint, make_codecs)[2]["step"] >= steps:
         return checkpoint
-    needs = ARMS[name].needs and train_arm(ARMS[name].needs, seed, args, make_codecs)
-    paths = {"init": args.init, "codec": args.init.with_name("codec.pt"), "needs": needs}
-    words = [word.format(**paths) for word in options.split()]
+    paths = {"init": args.init, "codec": args.init.with_name("codec.pt")}
+    if arm.needs:
+        paths["needs"] = train_arm(arm.needs, seed, args, make_codecs)
+    words = [word.format(**paths) for word in arm.options.split()]
     words += ["--seed", str(seed), "--out", str(folder), "--device", str(args.device)]
     words.append("--resume" if (folder / "resume.pt").exists() else "--overwrite")
-    code = train.main(words, make_codecs, ARMS[name].extra)
+    code = train.main(words, make_codecs, arm.extra)
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -205,7 +199,7 @@ def score_films(args, results: dict, make_codecs, *, arm, seed, settings, **film
         return
     model, codecs = load_talker(train_arm(arm, seed, args, make_codecs), make_codecs)
     model, codecs = model.to(args.device), codecs.to(args.device)
-    about = results["arms"].setdefault(arm, {"options": options_of(arm, args), "alike": {}})
+    about = results["arms"].setdefault(arm, {"options": ARMS[arm].options, "alike": {}})
     if str(seed) not in about["alike"]:
         about["alike"][str(seed)] = likeness(model, codecs)
         if seed == 0:
@@ -234,7 +228,7 @@ def open_results(args) -> dict:
         results = load_results(args.results)
     others = [name for name, now in args.checksums.items() if results[name] != now]
     for name, arm in results["arms"].items():
-        if name in ARMS and arm["options"] != options_of(name, args):
+        if name in ARMS and arm["options"] != ARMS[name].options:
             others.append(f"training of {name}")
     if others and not args.mix:
         raise UserError(f"{args.results}: of another {others[0]}; --mix adds to it even so")
@@ -314,8 +308,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, default=1, help="of each arm, at most what ARMS says; default 1")
     names = ", ".join(SCORED)
     add("--arms", nargs="+", choices=SCORED, default=SCORED, metavar="NAME", help=names)
-    add("--steps", type=int, help="training steps of every arm; default: see ARMS")
-    add("--batch", type=int, help="films of a training step; default: see ARMS")
     add("--talkers", type=int, default=16, help="films to score; long ones: 4 at most; default 16")
     add("--seconds", type=float, default=600.0, help="length of scored films, at most")
     add("--device", help="default: cuda, else mps, else cpu")

@@ -350,8 +350,10 @@ def test_claims(tmp_path, monkeypatch, capsys):
     results, page = tmp_path / "r.json", tmp_path / "r.md"
     page.write_text(f"above\n{claims.BEGIN}\nold\n{claims.END}\nbelow\n")
     words = f"--init {tmp_path}/init/joint.pt --out {tmp_path}/arms --results {results}"
-    words += " --arms shortcut self-forcing --talkers 2 --seconds 5 --device cpu --steps 2"
-    words = [*words.split(), "--batch", "2"]
+    words += " --arms shortcut self-forcing --talkers 2 --seconds 5 --device cpu"
+    words, usual, few = words.split(), claims.ARMS, "--steps 2 --batch 2 "
+    short = {name: arm._replace(options=arm.options + few) for name, arm in usual.items()}
+    monkeypatch.setattr(claims, "ARMS", short)
     runs, steps, main, step = [], [], train.main, train.train_step
 
     def counting(words, *rest):
@@ -384,7 +386,9 @@ def test_claims(tmp_path, monkeypatch, capsys):
     tables = capsys.readouterr().out
     assert tables.count("| shortcut | few | 8 |") == tables.count("| ground truth |") == 2
     assert page.read_text() == f"above\n{claims.BEGIN}\n{tables}{claims.END}\nbelow\n"
-    assert claims.main(words[:-2]) == 2 and "training of shortcut" in capsys.readouterr().err
+    monkeypatch.setattr(claims, "ARMS", usual)
+    assert claims.main(words) == 2 and "training of shortcut" in capsys.readouterr().err
+    monkeypatch.setattr(claims, "ARMS", short)
     results.write_text(json.dumps(whole | {"code": "other"}))
     assert claims.main(words) == 2 and "another code; --mix" in capsys.readouterr().err
     assert claims.main([*words, "--mix"]) == 0 and json.loads(results.read_text())["mixed"]
