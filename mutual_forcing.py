@@ -18,17 +18,9 @@ A history is a clean clip as long as x; a chunk attends to earlier chunks of it 
     # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3: rollout() makes the history; flow_matching_loss(), shortcut_loss() and
-    # dmd_loss() follow.
+    # Stage 3: rollout() makes the history, on which the three objectives follow.
     losses, logs = mutual_forcing_loss(
         model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
-    )
-    # Self-Forcing, for comparison: DMD alone. Both scores are bidirectional models, which
-    # have one chunk as long as the clip, and therefore no history.
-    loss, logs = flow_matching_loss(bidirectional, x, None, controls, chunk=x.shape[1])
-    losses, logs = mutual_forcing_loss(
-        model, x, controls, teacher=None, real_score=bidirectional, fake_score=fake_score,
-        weights={"dmd": 1}, bidirectional=True
     )
 
 Axes                                        Symbols
@@ -47,7 +39,7 @@ latent frames. Times and step sizes are (B, S, 1): video and audio share them. A
 tokens is (2, B, S, N, D): its first axis is the branch, 0 for video and 1 for audio.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
-  video's head predicts clean latents         the noise in v has as many values as D
+  video's head predicts clean latents         noise in v hardly fits through D values
   it copies from the film's first picture     clothes and background keep their look
   the transcript is added to the tokens       each symbol's time is known: no cross-attention
   a character is named, not described         the drawn world has nothing else to describe
@@ -67,7 +59,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BRANCHES = ("video", "audio")
 DEFAULT_STEPS = {"few": 4, "multi": 50}  # denoising steps of a chunk in each mode
 WEIGHTS = {"flow": 1.0, "shortcut": 2 / 3, "dmd": 1 / 3}  # of stage 3; the paper leaves flow's open
 
@@ -148,6 +139,10 @@ class Controls(NamedTuple):
             has_first_frame=torch.zeros_like(self.has_first_frame),
         )
 
+    def variants(self, cfg: Config, guidance: float) -> list["Controls"]:
+        """What guidance compares: these controls and, unless it is 1, the null controls."""
+        return [self] if guidance == 1 else [self, self.dropped(cfg)]
+
 
 def split(cfg: Config, latents: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (B, S, E) -> tokens of video (B, S, N, video_dim), of audio (B, S, N, audio_dim)."""
@@ -185,10 +180,7 @@ def each_latent_frame(per_chunk: Tensor, chunk: int) -> Tensor:
 
 
 def draw_times(cfg: Config, x: Tensor, chunk: int) -> Tensor:
-    """A time for each chunk to train clips x (B, S, E) at: (B, S, 1).
-
-    Their progress is logit-normal; warp() then moves them toward noise.
-    """
+    """A time for each chunk of clips x (B, S, E): logit-normal progress, warped -> (B, S, 1)."""
     u = torch.sigmoid(1.2 * torch.randn((len(x), x.shape[1] // chunk)))
     return each_latent_frame(warp(u, cfg.shift), chunk).to(x)
 
@@ -249,9 +241,8 @@ class Conditioning(nn.Module):
 class TextEmbedding(nn.Module):
     """The timed transcript -> what is added to the tokens of each latent frame.
 
-    Our choice: it is added, where the paper uses cross-attention, because the time of
-    each symbol is known. A latent frame sees its own symbols and those of cfg.margin
-    frames on both sides: a mouth moves before its letter sounds.
+    A latent frame sees its own symbols and those of cfg.margin frames on both sides: a
+    mouth moves before its letter sounds.
     """
 
     def __init__(self, cfg: Config):
@@ -281,15 +272,14 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     pairs = cfg.width // cfg.heads // 4
     # Whole rotations of each pair in a period: from 2 to (hops in a period) / 4.
     rotations = torch.logspace(1, math.log2(period / 4), pairs, base=2).round().long()
-    hops = torch.arange(cfg.tokens, device=positions.device)
+    hops = torch.arange(cfg.tokens)
     # Times of tokens, in hops: those of video lie at the start of their latent frame.
     times = torch.cat([0 * hops, hops]) + cfg.tokens * positions[:, None]  # (S, 2 N)
     # Whole numbers stay exact however long the film is.
-    turned = times[..., None] * rotations.to(positions.device) % period
-    time = 2 * math.pi / period * turned  # (S, 2 N, P / 4)
-    side, rates = torch.arange(cfg.grid), torch.logspace(0, -1, pairs // 2)
-    row_column = torch.cartesian_prod(side, side).view(-1, 2, 1) * rates  # (N, 2, P / 8)
-    place = F.pad(row_column.flatten(1), (0, 0, 0, cfg.tokens)).to(positions.device)  # sound: 0
+    time = 2 * math.pi / period * (times[..., None] * rotations % period)  # (S, 2 N, P / 4)
+    rates, patch = torch.logspace(0, -1, pairs // 2), torch.arange(cfg.tokens)[:, None]
+    row_column = torch.cat([patch // cfg.grid * rates, patch % cfg.grid * rates], -1)
+    place = F.pad(row_column, (0, 0, 0, cfg.tokens))  # (2 N, P / 4); sound is at 0
     has_time = (positions >= 0)[:, None, None]
     cos = [time.cos() * has_time, place.cos().expand_as(time)]
     sin = [time.sin() * has_time, place.sin().expand_as(time)]
@@ -382,8 +372,8 @@ class ParallelAttention:
         if has_history:
             rows = [[sink, always, past | own, never], [sink, always, past, own]]
         mask = torch.cat([torch.cat(row, 1) for row in rows])
-        reference = torch.arange(mask.shape[1])[None] == sink_length  # sees itself alone
-        mask = torch.cat([reference, mask])  # of latent frames
+        mask = F.pad(mask, (0, 0, 1, 0))  # of latent frames
+        mask[0, sink_length] = True  # the reference sees itself alone
 
         branch = torch.arange(2).repeat_interleave(cfg.tokens)
         branch_mask = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
@@ -427,9 +417,8 @@ class KVCache:
 class AudioVideoTransformer(nn.Module):
     """Two branches and one joint self-attention: noised latents in, velocities out.
 
-    forward() is the parallel form, for training: all chunks of a clip at once, under a
-    mask. start(), step() and commit() are the streaming form: one chunk at a time, with
-    a KVCache. Both give the same v, which the tests check.
+    forward() is the parallel form, for training. start(), step() and commit() are the
+    streaming form, with a KVCache. Both give the same v, which the tests check.
     """
 
     def __init__(self, cfg: Config):
@@ -480,7 +469,8 @@ class AudioVideoTransformer(nn.Module):
 
     def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
         """Pass tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v), see Block."""
-        modulation, phases = self.modulation(conditioning), rotary_phases(self.cfg, positions)
+        modulation = self.modulation(conditioning)
+        phases = [table.to(x.device) for table in rotary_phases(self.cfg, positions)]
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, phases, functools.partial(attend, layer))
         return x
@@ -489,13 +479,11 @@ class AudioVideoTransformer(nn.Module):
         """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t.
 
         video_0 (B, S or 1, N, video_dim): the first latent frame of chunk 0, and zero
-        while chunk 0 itself is generated. Our choice: v contains noise, and a token as
-        many values of it as the width, so they hardly pass through the blocks. Therefore
-        the video head predicts the clean latents, and v follows from them and x_t. It
-        predicts an offset and, for each value, a factor of the film's first picture (the
-        first frame, if given, else video_0): so what stands still is copied. Sound is
-        noise in part (a hiss). Its head predicts v as an offset and, for each value, a
-        factor of x_t, as a Wiener filter does.
+        while chunk 0 itself is generated. Our choices: video's head predicts clean latents,
+        as an offset and, for each value, a factor of the film's first picture (the first
+        frame, if given, else video_0), which copies what stands still. Sound is noise in
+        part (a hiss): its head predicts v, as an offset and, for each value, a factor of
+        x_t, as a Wiener filter does.
         """
         given = controls.has_first_frame[:, None, None, None]
         first_picture = torch.where(given, controls.first_frame.to(video_0), video_0)
@@ -530,8 +518,7 @@ class AudioVideoTransformer(nn.Module):
         parts.append(self.embed_latents(x_t, t, d, text, character))
         x = torch.cat([tokens for tokens, _ in parts], 2)
         conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
-        positions = torch.arange(s).repeat(len(parts) - 1)
-        positions = F.pad(positions, (1, 0), value=-1).to(x.device)
+        positions = F.pad(torch.arange(s).repeat(len(parts) - 1), (1, 0), value=-1)
         attend = ParallelAttention(self.cfg, s, chunk, history is not None, coupled)
         x = self.run_blocks(x, conditioning, positions, attend)
         return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t, t, controls, video_0)
@@ -540,8 +527,7 @@ class AudioVideoTransformer(nn.Module):
     def start(self, controls: Controls) -> KVCache:
         """A cache that holds the reference, and no chunk yet."""
         cache = KVCache(self.cfg)
-        no_time = torch.tensor([-1], device=self.device)
-        self.run_blocks(*self.reference(controls), no_time, cache.commit)
+        self.run_blocks(*self.reference(controls), torch.tensor([-1]), cache.commit)
         cache.video_0 = torch.zeros_like(controls.first_frame)
         return cache
 
@@ -566,7 +552,7 @@ class AudioVideoTransformer(nn.Module):
     def pass_chunk(self, x_t, t, d, controls, cache, attend) -> tuple[Tensor, Tensor]:
         """The chunk after those in the cache -> its tokens after all blocks, its conditioning."""
         b, s = x_t.shape[:2]
-        positions = cache.count * self.cfg.chunk + torch.arange(s, device=x_t.device)
+        positions = cache.count * self.cfg.chunk + torch.arange(s)
         text, t, d = self.text(controls.symbols), t.expand(b, 1, 1), d.expand(b, 1, 1)
         x, conditioning = self.embed_latents(x_t, t, d, text, controls.character)
         return self.run_blocks(x, conditioning, positions, attend), conditioning
@@ -589,13 +575,13 @@ def denoise(velocity, x_t: Tensor, times: Tensor, few: bool = True) -> list[Tens
     return states
 
 
-def guided_step(model, x_t, t, d, variants, guidance) -> Tensor:
-    """model.step() under classifier-free guidance.
+def guided(network, x_t, t, d, variants, guidance) -> Tensor:
+    """v under classifier-free guidance, which is a number or (B, S, 1).
 
-    variants: pairs of controls and cache: of films with their controls and, unless
-    guidance is 1, of the same films without.
+    network: a model or its step(). variants: its arguments after d, with the controls
+    and, if there is guidance, without: see Controls.variants().
     """
-    v, *null = [model.step(x_t, t, d, controls, cache) for controls, cache in variants]
+    v, *null = [network(x_t, t, d, *variant) for variant in variants]
     return torch.lerp(null[0], v, guidance) if null else v
 
 
@@ -603,28 +589,29 @@ def guided_step(model, x_t, t, d, variants, guidance) -> Tensor:
 def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, clip=None):
     """Generate films through the cache; yields the states of each chunk (see denoise()).
 
-    controls: any iterable of the Controls of each chunk, read when the chunk is due.
-    times (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. clip: for training,
-    real latents (B, S, E), whose first chunk is taken as it is. If times[0] is above 0,
-    each later chunk is begun from its real chunk, noised to that time.
+    controls: an iterable of the Controls of each chunk (data/controls.py makes them from
+    text), read when the chunk is due: a transcript may come while the film runs. times
+    (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. clip: for training, real
+    latents (B, S, E), whose first chunk is taken as it is. If times[0] is above 0, each
+    later chunk is begun from its real chunk, noised to that time.
     """
     cfg, times, caches = model.cfg, times.to(model.device), None
+    real_chunks = clip.split(cfg.chunk, 1) if clip is not None else ()
     device = generator.device if generator else model.device
     for index, given in enumerate(controls):
-        real = clip[:, index * cfg.chunk : (index + 1) * cfg.chunk] if clip is not None else None
-        variants = [given] if guidance == 1 else [given, given.dropped(cfg)]
+        variants = given.variants(cfg, guidance)
         caches = caches or [model.start(variant) for variant in variants]
         variants = list(zip(variants, caches))
-        if index == 0 and real is not None:
-            states = [real] * len(times)  # real at every time; DMD leaves it out
+        if real_chunks and index == 0:
+            states = [real_chunks[0]] * len(times)  # real at every time; DMD leaves it out
         else:
             # A CPU generator's noise is the same on every device.
             shape = len(given.character), cfg.chunk, cfg.latent_values
             noise = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
-            options = {"variants": variants, "guidance": guidance}
-            velocity = functools.partial(guided_step, model, **options)
             x_t = noise.to(model.device)
-            x_t = x_t if real is None else add_noise(real, x_t, times[0])
+            if real_chunks:
+                x_t = add_noise(real_chunks[index], x_t, times[0])
+            velocity = functools.partial(guided, model.step, variants=variants, guidance=guidance)
             states = denoise(velocity, x_t, times, few)
         yield states
         # Only when another chunk is asked for: the caller may stop here.
@@ -636,17 +623,15 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
 def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance=1.0, seed=0):
     """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    codecs.video and codecs.audio decode latents, see Codecs in data/codecs.py. controls:
-    an iterable of the Controls of each chunk, for at least so many seconds; each is read
-    when its chunk is due, so that a transcript may come while the film runs
-    (data/controls.py makes them from text). mode: "few", which learned 4 and 8 steps, or
-    "multi"; steps: DEFAULT_STEPS[mode] unless given. guidance: 1 is none. Sound comes a
-    little later than its frames; the last chunk brings the rest.
+    codecs: see Codecs in data/codecs.py. controls: see generate(); for at least so many
+    seconds. mode: "few", which learned 4 and 8 steps, or "multi"; steps: DEFAULT_STEPS[mode]
+    unless given. guidance: 1 is none. Sound comes a little later than its frames; the last
+    chunk brings the rest.
     """
     cfg = model.cfg
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
     frames_left = round(seconds * cfg.fps)
-    samples_left = round(seconds * cfg.fps) * cfg.sample_rate // cfg.fps
+    samples_left = frames_left * cfg.sample_rate // cfg.fps
     generator = torch.Generator().manual_seed(seed)
     options = {"few": mode == "few", "guidance": guidance, "generator": generator}
     video_state = audio_state = None
@@ -673,18 +658,17 @@ def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[
     """Errors (B, S, E) -> the branches' mean squares, added; logs. generated: bool (S,)."""
     if generated is not None:
         error = error[:, generated]
-    means = [part.square().mean() for part in split(cfg, error)]
-    logs = {f"{term}_{name}": mean.item() for name, mean in zip(BRANCHES, means)}
-    return sum(means), logs
+    video, audio = [part.square().mean() for part in split(cfg, error)]
+    return video + audio, {f"{term}_video": video.item(), f"{term}_audio": audio.item()}
 
 
-def guided(model, x_t, t, d, controls, history, guidance, chunk=None) -> Tensor:
-    """v under classifier-free guidance, which is a number, or (B, S, 1); 1 is none."""
-    v = model(x_t, t, d, controls, history, chunk)
-    if not torch.is_tensor(guidance) and guidance == 1:
-        return v
-    v_null = model(x_t, t, d, controls.dropped(model.cfg), history, chunk)
-    return torch.lerp(v_null, v, torch.as_tensor(guidance).to(v))
+def mean_size(cfg: Config, x: Tensor, chunk: int) -> Tensor:
+    """The mean absolute value of x (B, S, E) in each chunk and branch: (B, S, E), above 0."""
+    sizes = []
+    for part in split(cfg, x):
+        size = part.abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
+        sizes.append(each_latent_frame(size, chunk)[..., None].expand_as(part))
+    return join(*sizes).clamp(min=1e-6)
 
 
 def flow_matching_loss(
@@ -721,14 +705,14 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
 
     # 2. Without gradient, the teacher takes the two half steps. Only its multi-step
     #    mode is guided: from it the few-step mode learns the guidance.
-    scale = 1.0 if guidance == 1 else torch.where(by_few == 1, 1.0, guidance)
+    scale = torch.where(by_few == 1, 1.0, guidance)
+    variants = [(given, history) for given in controls.variants(cfg, guidance)]
     x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
         x_next = x_t
         for start, stop in ((t, middle), (middle, end)):
             d = stop - start
-            v = guided(teacher, x_next, start, by_few * d, controls, history, scale)
-            x_next = x_next + d * v
+            x_next = x_next + d * guided(teacher, x_next, start, by_few * d, variants, scale)
 
     # 3. The velocity with which one step from x_t lands there.
     target = (x_next - x_t) / (end - t)
@@ -736,34 +720,51 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
     return mean_square("shortcut", cfg, error)
 
 
-def dmd_loss(
-    model,
-    states,
-    history,
-    controls,
-    *,
-    real_score,
-    fake_score,
-    times,
-    generated,
-    guidance=1.0,
-    bidirectional=False,
-) -> tuple[Tensor, Tensor, dict]:
-    """Move the few-step mode's films toward the real score, away from their own (DMD, 3.3).
+class Rollout(NamedTuple):
+    """The few-step mode's own films, see rollout()."""
 
-    states, generated: of rollout() on `times`; history: what the films were generated on
-    (self-made: states[-1]). bidirectional: the scores see whole films and no history
-    (Self-Forcing). Returns the loss, the fake score's loss on these films, and logs.
+    times: Tensor  # (K + 1, 1, 1, 1)
+    states: list[Tensor]  # the films at each time, each (B, S, E)
+    generated: Tensor  # (S,) bool: the latent frames that were generated; others are real
+
+
+@torch.no_grad()
+def rollout(model, x, controls, times, self_made=True) -> Rollout:
+    """The few-step mode's own films of the clips x (B, S, E), without gradient.
+
+    self_made: after one real chunk it continues its own films from noise, through the
+    streaming cache. False (teacher forcing): every chunk follows the real ones.
     """
     cfg = model.cfg
+    if self_made:
+        films = generate(model, controls.chunks(cfg), times, clip=x)
+        states = [torch.cat(chunks, 1) for chunks in zip(*films)]
+    else:
+        velocity = functools.partial(model, controls=controls, history=x)
+        states = denoise(velocity, add_noise(x, torch.randn_like(x), times[0]), times)
+    generated = torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
+    return Rollout(times, states, generated)
+
+
+def dmd_loss(
+    model, films, history, controls, real_score, fake_score, guidance=1.0, bidirectional=False
+) -> tuple[Tensor, Tensor, dict]:
+    """Move the few-step mode's films (a Rollout) toward the real score, away from their own (DMD).
+
+    Section 3.3. history (B, S, E): what the films were generated on. bidirectional: the
+    scores see whole films at once, as a single chunk without history (Self-Forcing).
+    Returns the loss, the fake score's loss on these films, and logs.
+    """
+    cfg = model.cfg
+    times, states, generated = films
     score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
 
     # 1. Take one denoising step k of all chunks again, in parallel and with gradient
     #    (our choice). `film` has the value of the sampler's last state; its gradient is
     #    that of step k, d_k v. All other steps and the history are constants.
     k = int(torch.randint(len(times) - 1, ()))
-    t_k, d_k = times[k].to(states[0]), (times[k + 1] - times[k]).to(states[0])
-    v = model(states[k], t_k, d_k, controls, history)
+    d_k = times[k + 1] - times[k]
+    v = model(states[k], times[k], d_k, controls, history)
     film = states[-1] + d_k * (v - v.detach())
 
     # 2. Noise the film again, and let both scores predict the clean film. The gradient
@@ -774,15 +775,11 @@ def dmd_loss(
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
         zero = torch.zeros_like(t)
-        v_real = guided(real_score, x_t, t, zero, controls, score_history, guidance, chunk)
+        variants = [(given, score_history, chunk) for given in controls.variants(cfg, guidance)]
+        v_real = guided(real_score, x_t, t, zero, variants, guidance)
         v_fake = fake_score(x_t, t, zero, controls, score_history, chunk)
         x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
-        gradients = []
-        for part, x_r, x_f in zip(split(cfg, film), split(cfg, x_real), split(cfg, x_fake)):
-            distance = (part - x_r).abs().unflatten(1, (-1, chunk)).mean((2, 3, 4))  # (B, chunks)
-            distance = each_latent_frame(distance, chunk)[..., None].clamp(min=1e-6)
-            gradients.append((x_f - x_r) / distance)
-        target = film - join(*gradients)
+        target = film - (x_fake - x_real) / mean_size(cfg, film - x_real, chunk)
     loss, logs = mean_square("dmd", cfg, film - target, generated)
 
     # 3. The fake score learns these films.
@@ -791,80 +788,53 @@ def dmd_loss(
     return 0.5 * loss, fake_loss, logs | new
 
 
-@torch.no_grad()
-def rollout(model, x, controls, times, self_made=True) -> tuple[list[Tensor], Tensor]:
-    """The few-step mode's own films of the clips x (B, S, E), without gradient.
-
-    self_made: after one real chunk it continues its own films from noise, through the
-    streaming cache. False (teacher forcing): every chunk follows the real ones. Returns
-    the states of the films at all times (see denoise()), and bool (S,): the latent
-    frames that were generated.
-    """
-    cfg = model.cfg
-    if self_made:
-        films = generate(model, controls.chunks(cfg), times, clip=x)
-        states = [torch.cat(chunks, 1) for chunks in zip(*films)]
-    else:
-        velocity = functools.partial(model, controls=controls, history=x)
-        states = denoise(velocity, add_noise(x, torch.randn_like(x), times[0]), times)
-    return states, torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
-
-
 def mutual_forcing_loss(
     model,
-    x,
+    x,  # (B, S, E), real clips
     controls,
     *,
-    teacher,
-    real_score,
-    fake_score,
-    weights=WEIGHTS,
-    extra=None,
-    steps=4,
-    guidance=1.0,
-    self_made=True,
-    late=False,
-    bidirectional=False,
+    teacher,  # the model's EMA copy, whose two modes teach ShortCut (our choice)
+    real_score,  # DMD's score of real films: the EMA copy or a bidirectional model
+    fake_score,  # another model of that kind, which learns the few-step mode's films
+    weights=WEIGHTS,  # {term: weight}; a term left out has 0, of extra 1; with 0 it is not computed
+    extra=None,  # of a fork: {term: objective(model, x, history, controls) -> (loss, logs)}
+    steps=4,  # denoising steps of a chunk in the rollout
+    guidance=1.0,  # in the few-step mode's targets; 1 is none
+    self_made=True,  # see rollout()
+    late=False,  # the rollout begins at the second time of the grid, see generate()
+    bidirectional=False,  # see dmd_loss()
 ) -> tuple[dict, dict]:
-    """One training step of stage 3 on real clips x (B, S, E) (section 3.3): ({term: loss}, logs).
-
-    teacher: the model's EMA copy, whose two modes teach (our choice). real_score: DMD's
-    score of real films, the EMA copy or a bidirectional model; fake_score: another model
-    of that kind, which learns the few-step mode's films along the way. weights: {term:
-    weight}; of WEIGHTS, a term that is not given has weight 0, and one of weight 0 is not
-    computed. extra: a fork's own objectives, {term: objective(model, x, history,
-    controls) -> (loss, logs)}, of weight 1 unless given. steps: denoising steps of a
-    chunk in the rollout. self_made: see rollout(). late: its chunks begin at the second
-    time of the grid, see generate().
-    """
-    cfg, times = model.cfg, time_grid(model.cfg, steps).to(x)
-    times = times[1:] if late else times
-    if unknown := weights.keys() - WEIGHTS.keys() - (extra or {}).keys():
+    """One training step of stage 3 (section 3.3): ({term: weighted loss}, logs)."""
+    cfg, extra = model.cfg, extra or {}
+    if unknown := weights.keys() - WEIGHTS.keys() - extra.keys():
         raise UserError(f"weights of unknown terms: {', '.join(sorted(unknown))}")
     if x.shape[1] < 2 * cfg.chunk:
         raise UserError("clips must be at least two chunks long: one real, one to generate")
-    weights, losses, logs = dict.fromkeys(WEIGHTS, 0) | weights, {}, {}
+    weights = dict.fromkeys(extra, 1) | dict.fromkeys(WEIGHTS, 0) | weights
+    losses, logs = {}, {}
 
     # 1. The few-step mode generates the history, without gradient.
     history = x
     if self_made or weights["dmd"]:
-        states, generated = rollout(model, x, controls, times, self_made)
-        history = states[-1] if self_made else x
+        times = time_grid(cfg, steps).to(x)
+        films = rollout(model, x, controls, times[1:] if late else times, self_made)
+        history = films.states[-1] if self_made else x
 
     # 2. The multi-step mode learns the real chunk, given that history.
     # 3. The EMA copy teaches the few-step mode to take large steps.
     shortcut = functools.partial(shortcut_loss, teacher=teacher, guidance=guidance)
-    objectives = {"flow": flow_matching_loss, "shortcut": shortcut} | (extra or {})
+    objectives = {"flow": flow_matching_loss, "shortcut": shortcut} | extra
     for term, objective in objectives.items():
-        if weights.get(term, 1):
-            losses[term], new = objective(model, x, history, controls)
+        if weights[term]:
+            loss, new = objective(model, x, history, controls)
+            losses[term] = weights[term] * loss
             logs |= new
 
-    # 4. The few-step mode's films move toward the real score, and the fake score
-    #    follows the films.
+    # 4. The few-step mode's films move toward the real score; the fake score follows them.
     if weights["dmd"]:
-        options = {"real_score": real_score, "fake_score": fake_score, "guidance": guidance}
-        options |= {"times": times, "generated": generated, "bidirectional": bidirectional}
-        losses["dmd"], losses["fake"], new = dmd_loss(model, states, history, controls, **options)
+        loss, fake_loss, new = dmd_loss(
+            model, films, history, controls, real_score, fake_score, guidance, bidirectional
+        )
+        losses |= {"dmd": weights["dmd"] * loss, "fake": fake_loss}
         logs |= new
-    return {term: weights.get(term, 1) * loss for term, loss in losses.items()}, logs
+    return losses, logs

@@ -232,8 +232,10 @@ def test_each_control_matters_and_can_be_dropped_or_amplified(control):
     change = model(**given | {"controls": other}) - own
     assert change[0].abs().max() > 1e-4  # film 0 is given its first frame, film 1 is not
     assert torch.equal(model(**given | {"controls": other.dropped(TINY)}), null)
+    assert controls.variants(TINY, 1) == [controls]  # no guidance, no second evaluation
+    variants = [(variant, given["history"]) for variant in controls.variants(TINY, 3)]
     for guidance, expected in ((1, own), (0, null), (ONE, own), (3, null + 3 * (own - null))):
-        guided = mf.guided(model, **given, guidance=guidance)
+        guided = mf.guided(model, given["x_t"], given["t"], given["d"], variants, guidance)
         assert torch.allclose(guided, expected, atol=1e-4)
 
 
@@ -431,7 +433,8 @@ def test_each_objective_sees_the_self_made_history_and_only_if_asked(self_made):
     for seed in (0, 1):
         x, films, _ = some_clip(3)
         films = films + torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-        made = [films] * 5, torch.arange(x.shape[1]) >= TINY.chunk
+        generated = torch.arange(x.shape[1]) >= TINY.chunk
+        made = mf.Rollout(mf.time_grid(TINY, 4), [films] * 5, generated)
         with mock.patch.object(mf, "rollout", return_value=made):
             losses.append(stage3(self_made=self_made)[0])
     changed = {term for term in losses[0] if losses[0][term] != losses[1][term]}
@@ -446,12 +449,12 @@ def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
         films = mf.generate(model, controls.chunks(TINY), times, guidance=3.0)
         states, generated = [torch.cat(parts, 1) for parts in zip(*films)], torch.ones(14).bool()
     else:
-        states, generated = mf.rollout(model, x, controls, times)
-    given = {"controls": controls, "history": states[-1]}
-    given["guidance"] = 3.0 if history == "guided" else 1.0
+        _, states, generated = mf.rollout(model, x, controls, times)
+    guidance = 3.0 if history == "guided" else 1.0
+    variants = [(variant, states[-1]) for variant in controls.variants(TINY, guidance)]
     out = states[0]
     for t, d in zip(times, times.diff(dim=0)):
-        out = out + d * mf.guided(model, out, t, d, **given)
+        out = out + d * mf.guided(model, out, t, d, variants, guidance)
     assert (out - states[-1])[:, generated].abs().max() < 1e-4 * out.std()
     noise = (states[0] - times[0] * x) / (1 - times[0])  # states[0] itself, if not late
     assert 0.9 < noise[:, generated].std() < 1.1
@@ -549,9 +552,9 @@ def dmd_gradient(mean_real, mean_fake, times, generated=None):
     net = analytic(lambda z, t, d: torch.where(IS_VIDEO, *offset).expand_as(z))
     real = analytic(lambda z, t, d: gaussian(z, t, mean_real))
     fake = analytic(lambda z, t, d: gaussian(z, t, mean_fake))
-    options = {"real_score": real, "fake_score": fake, "times": times}
-    options["generated"] = torch.ones(12).bool() if generated is None else generated
-    loss, _, _ = mf.dmd_loss(net, [torch.randn_like(x), x], x, controls, **options)
+    generated = torch.ones(12).bool() if generated is None else generated
+    films = mf.Rollout(times, [torch.randn_like(x), x], generated)
+    loss, _, _ = mf.dmd_loss(net, films, x, controls, real, fake)
     loss.backward()
     return offset.grad
 

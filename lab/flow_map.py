@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import mutual_forcing as mf
-from mutual_forcing import add_noise, each_latent_frame, mean_square, warp
+from mutual_forcing import add_noise, each_latent_frame, mean_size, mean_square, warp
 
 
 def flow_map_dmd(model, x: Tensor, history: Tensor, controls) -> tuple[Tensor, dict]:
@@ -40,12 +40,7 @@ def flow_map_dmd(model, x: Tensor, history: Tensor, controls) -> tuple[Tensor, d
 
         # 3. Move the landing point from the fake velocity toward the real one. As in
         #    dmd_loss(), all chunks and branches weigh alike.
-        gradients = []
-        for real, fake in zip(mf.split(cfg, v_real), mf.split(cfg, v_fake)):
-            size = real.abs().unflatten(1, (-1, cfg.chunk)).mean((2, 3, 4))  # (B, chunks)
-            size = each_latent_frame(size, cfg.chunk)[..., None]
-            gradients.append((fake - real) / size.clamp(min=1e-6))
-        target = landed - mf.join(*gradients)
+        target = landed - (v_fake - v_real) / mean_size(cfg, v_real, cfg.chunk)
     generated = torch.arange(x.shape[1]) >= cfg.chunk
     loss, logs = mean_square("flow_map", cfg, landed - target, generated)
     return mf.WEIGHTS["dmd"] * 0.5 * loss, logs
