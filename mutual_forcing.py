@@ -22,6 +22,8 @@ A history is a clean clip as long as x; a chunk attends to earlier chunks of it 
     losses, logs = mutual_forcing_loss(
         model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
     )
+    # Self-Forcing, for comparison, is stage 3 by DMD alone: weights={"dmd": 1}. Its scores are
+    # bidirectional models, for which a whole clip is one chunk: bidirectional=True.
 
 Axes                                        Symbols
   B  films in a batch                         x    clean latents
