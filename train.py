@@ -37,7 +37,7 @@ from mutual_forcing import AudioVideoTransformer, Config, UserError
 
 
 class Plan(NamedTuple):
-    """What a stage takes by default (our choice; the paper's rate is 5e-5, for 7B weights)."""
+    """What a stage takes by default (our choice; the paper's rate is 5e-5 in all stages)."""
 
     steps: int
     lr: float = 1e-3

@@ -79,7 +79,7 @@ ARMS = {
     "shortcut-real": Arm(REAL + "--shortcut 1 --dmd 0 ", FAST, 1),
     "dmd-real": Arm(REAL + "--shortcut 0 --dmd 1 ", FAST, 1),
     "teacher": Arm(STAGE_2 + "--whole --seconds 1.5 ", []),  # it cannot stream
-    "self-forcing": Arm(SELF_FORCING + "--lr 2.5e-5 ", FAST, 3, "teacher"),
+    "self-forcing": Arm(SELF_FORCING + "--lr 5e-5 ", FAST, 3, "teacher"),
     "self-forcing-fast": Arm(SELF_FORCING, FAST, 1, "teacher"),
     "clips-of-1s": Arm(STAGE_2 + "--batch 12 --seconds 1 ", FAST, 1),
     "clips-of-3s": Arm(STAGE_2 + "--batch 4 --seconds 3 ", FAST, 1),
