@@ -13,7 +13,7 @@ multi-step mode learns the real chunk that follows it. A slow copy of the weight
 exponential moving average (EMA), then teaches the few-step mode by ShortCut and DMD.
 
 The stages in code, as train.py calls them (stage 0 trains the video codec, data/codecs.py).
-A history is a clean clip as long as x; a chunk attends to earlier chunks of it alone.
+A history is a clean clip as long as x, of which a chunk sees only the chunks before it.
 
     # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
@@ -29,16 +29,16 @@ Axes                                        Symbols
   B  films in a batch                         x    clean latents
   F  frames of the picture                    x_t  noised latents, (1 - t) noise + t x
   S  latent frames (cfg.step_frames frames)   t    time: 0 is noise, 1 is data
-  N  tokens of a branch in a latent frame     d    step size that the network is told;
-  D  width; H heads; P values of a head            the multi-step mode is told 0
-  E  values of a latent frame: all of         v    velocity; its target for data is
-     video, then all of audio                      x - noise
+  N  tokens of a branch in a latent frame     d    size of a denoising step; in multi-step
+  D  width; H heads; P values of a head            mode the network is told 0 in its place
+  E  values of a latent frame: all of         v    velocity; for real clips and d = 0 its
+     video, then all of audio                      target is x - noise
 
 The network returns v, and a denoising step is x_{t+d} = x_t + d v. (Inside it, video's
-head predicts clean latents, which read_out() converts to v.) All losses compare
+head predicts clean latents, which read_out() converts to v.) The losses compare
 velocities, except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk
-latent frames. Times and step sizes are (B, S, 1): video and audio share them. A tensor of
-tokens is (2, B, S, N, D): its first axis is the branch, 0 for video and 1 for audio.
+latent frames. Times and step sizes of a clip are (B, S, 1): video and audio share them.
+Tokens of both branches are (2, B, S, N, D): first video's, then audio's.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
   video's head predicts clean latents         noise in v hardly fits through D values
@@ -356,8 +356,8 @@ class ParallelAttention:
     The history is clean: t = 1 and d = 0. The reference is a latent frame that holds
     the first frame of the film. The sink is chunk 0 of the history once more: it keeps
     the character's look and voice in view when chunk 0 has left the window. The time
-    half of the keys of both is zero, so a long film has no distance in time that
-    training never saw.
+    half of the keys of sink and reference is zero, so a long film has no distance in
+    time that training never saw.
     """
 
     def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
@@ -393,8 +393,8 @@ class KVCache:
     """Keys and values of finished chunks: the streaming context buffer (section 3.1).
 
     Each layer keeps those of [reference, sink, the last cfg.window chunks]. An
-    evaluation sees them and the current chunk. Keys are stored rotated, because
-    attention depends on differences in time alone.
+    evaluation sees them and the current chunk. Keys are stored rotated,
+    because attention sees times only through their differences.
     """
 
     def __init__(self, cfg: Config):
@@ -439,7 +439,7 @@ class AudioVideoTransformer(nn.Module):
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.layers)])
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.ModuleList([nn.Linear(width, 2 * size) for size in sizes])
-        # Blocks start as the identity, and outputs at zero.
+        # Blocks start as the identity, and heads at zero.
         for layer in (self.modulation, self.head_modulation, *self.head):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -460,7 +460,7 @@ class AudioVideoTransformer(nn.Module):
     def reference(self, controls: Controls) -> tuple[Tensor, Tensor]:
         """The first frame, or what stands in for it, as one latent frame; like embed_latents().
 
-        It has no transcript and no time, and its audio tokens are learned.
+        It has no transcript and no position in the film, and its audio tokens are learned.
         """
         absent = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
         picture = self.embed[0](controls.first_frame.to(self.place))
@@ -580,8 +580,8 @@ def denoise(velocity, x_t: Tensor, times: Tensor, few: bool = True) -> list[Tens
 def guided(network, x_t, t, d, variants, guidance) -> Tensor:
     """v under classifier-free guidance, which is a number or (B, S, 1).
 
-    network: a model or its step(). variants: its arguments after d, with the controls
-    and, if there is guidance, without: see Controls.variants().
+    network: a model or its step(). variants: tuples of its arguments after d; the first has
+    the controls, a second one the null controls, see Controls.variants().
     """
     v, *null = [network(x_t, t, d, *variant) for variant in variants]
     return torch.lerp(null[0], v, guidance) if null else v
@@ -631,6 +631,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
     chunk brings the rest.
     """
     cfg = model.cfg
+    if mode not in DEFAULT_STEPS:
+        raise UserError(f"mode is one of {', '.join(DEFAULT_STEPS)}, not {mode}")
     times = time_grid(cfg, DEFAULT_STEPS[mode] if steps is None else steps)
     frames_left = round(seconds * cfg.fps)
     samples_left = frames_left * cfg.sample_rate // cfg.fps
@@ -652,8 +654,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
 
 
 # ---- The objectives ------------------------------------------------------------------
-# Each returns (loss, logs); dmd_loss() returns two losses. data/batches.py drops controls at
-# random, for classifier-free guidance and for films without transcript.
+# An objective returns (loss, logs); dmd_loss() returns two losses. data/batches.py drops controls
+# at random, for classifier-free guidance and for films without transcript.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
@@ -690,11 +692,12 @@ def flow_matching_loss(
 
 
 def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
-    """A large step of the few-step mode must land where two half steps land (ShortCut, 3.3).
+    """A large step of the few-step mode learns the mean velocity of its two halves (ShortCut, 3.3).
 
     x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8
-    steps (our choice: longer steps damage both modes). The halves of a step of 4 are steps
-    of 8, which the teacher's few-step mode takes; those of 8 its multi-step mode takes.
+    steps (our choice: longer steps damage both modes). The halves of a step of the grid of
+    4 are taken by the teacher's few-step mode, which knows the grid of 8; those of a step
+    of the grid of 8 by its multi-step mode.
     """
     cfg = model.cfg
 
@@ -734,8 +737,8 @@ class Rollout(NamedTuple):
 def rollout(model, x, controls, times, self_made=True) -> Rollout:
     """The few-step mode's own films of the clips x (B, S, E), without gradient.
 
-    self_made: after one real chunk it continues its own films from noise, through the
-    streaming cache. False (teacher forcing): every chunk follows the real ones.
+    self_made: after one real chunk it continues its own films from noise (from noised real
+    chunks if times[0] is above 0), through the streaming cache. False (teacher forcing): every chunk follows the real ones.
     """
     cfg = model.cfg
     if self_made:
@@ -763,7 +766,8 @@ def dmd_loss(
 
     # 1. Take one denoising step k of all chunks again, in parallel and with gradient
     #    (our choice). `film` has the value of the sampler's last state; its gradient is
-    #    that of step k, d_k v. All other steps and the history are constants.
+    #    that of step k, d_k v. All other steps and the history's latents are
+    #    constants.
     k = int(torch.randint(len(times) - 1, ()))
     d_k = times[k + 1] - times[k]
     v = model(states[k], times[k], d_k, controls, history)
@@ -795,7 +799,7 @@ def mutual_forcing_loss(
     x,  # (B, S, E), real clips
     controls,
     *,
-    teacher,  # the model's EMA copy, whose two modes teach ShortCut (our choice)
+    teacher,  # the model's EMA copy, whose two modes teach ShortCut
     real_score,  # DMD's score of real films: the EMA copy or a bidirectional model
     fake_score,  # another model of that kind, which learns the few-step mode's films
     weights=WEIGHTS,  # {term: weight}; a term left out has 0, of extra 1; with 0 it is not computed

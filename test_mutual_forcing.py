@@ -351,7 +351,7 @@ def test_stream_takes_4_steps_or_50_unless_told_and_guidance_of_one_is_none():
 def test_stream_refuses_what_it_cannot_do():
     model, options = lively(), [("seconds", 0), ("steps", 0), ("seed", -1), ("seconds", 1e6)]
     options += [("seconds", math.nan), ("guidance", math.nan), ("character", 9)]
-    options += [("character", "nobody"), ("transcript", [99])]
+    options += [("character", "nobody"), ("transcript", [99]), ("mode", "slow")]
     options += [("first_frame", np.zeros((16, 16, 3))), ("first_frame", np.uint8([[[0] * 3]]))]
     for name, value in options:
         with pytest.raises(mf.UserError):
