@@ -574,6 +574,14 @@ def test_dmd_gradient_has_the_right_sign_size_and_a_zero():
     assert torch.allclose(own, torch.ones(2), atol=0.05)  # of generated chunks alone
 
 
+def test_dmd_weighs_each_chunk_and_branch_by_its_own_size():
+    scales = torch.tensor([[1.0], [1.0], [10.0], [10.0]])  # two chunks
+    video = -scales[:, :, None] * torch.ones(3, 4, 4, 32)
+    audio = 5 * scales[:, :, None] * torch.ones(3, 4, 4, 32)
+    x = mf.join(video, audio)
+    assert torch.equal(mf.mean_size(TINY, x, 2), x.abs())
+
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
