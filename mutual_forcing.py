@@ -802,7 +802,7 @@ def mutual_forcing_loss(
     teacher,  # the model's EMA copy, whose two modes teach ShortCut
     real_score,  # DMD's score of real films: the EMA copy or a bidirectional model
     fake_score,  # another model of that kind, which learns the few-step mode's films
-    weights=WEIGHTS,  # {term: weight}; a term left out has 0, of extra 1; with 0 it is not computed
+    weights=WEIGHTS,  # {term: weight}, see below
     extra=None,  # of a fork: {term: objective(model, x, history, controls) -> (loss, logs)}
     steps=4,  # denoising steps of a chunk in the rollout
     guidance=1.0,  # in the few-step mode's targets; 1 is none
@@ -810,7 +810,11 @@ def mutual_forcing_loss(
     late=False,  # the rollout begins at the second time of the grid, see generate()
     bidirectional=False,  # see dmd_loss()
 ) -> tuple[dict, dict]:
-    """One training step of stage 3 (section 3.3): ({term: weighted loss}, logs)."""
+    """One training step of stage 3 (section 3.3): ({term: weighted loss}, logs).
+
+    A term of WEIGHTS that is not in weights has weight 0, a term of extra weight 1. A term
+    of weight 0 is not computed.
+    """
     cfg, extra = model.cfg, extra or {}
     if unknown := weights.keys() - WEIGHTS.keys() - extra.keys():
         raise UserError(f"weights of unknown terms: {', '.join(sorted(unknown))}")

@@ -50,7 +50,7 @@ STAGES = {
     "codec": Plan(48000, 2e-3, (0.5,), 4),  # stage 0: the video codec
     "unimodal": Plan(1500),  # stage 1: both branches, each alone
     "joint": Plan(38000),  # stage 2
-    # Stage 3. In longer clips, rollouts wander from the clip, and its next chunk is no fair target.
+    # Stage 3. Longer clips made a less steady picture (docs/notes.md).
     "mutual": Plan(1500, 1e-4, (1.5,), 8, ema=0.99),
 }
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
