@@ -1,13 +1,12 @@
 """Speed of films and of training steps, beside the machine's limit: `python -m lab.benchmark`.
 
-The limit is the time that the same matrix products take alone; limit_share is the limit divided
-by the time measured. Each row is measured in a process of its own, so its memory is its own.
+The limit is the time that the same operations take at the rate of a large matrix product;
+limit_share is the limit divided by the time measured. Each row is measured in a process of its own, so its memory is its own.
 """
 
 import argparse
 import json
 import multiprocessing
-import os
 import platform
 import re
 import resource
@@ -21,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mutual_forcing as mf
@@ -35,8 +35,6 @@ from data.talker import talk
 from data.writer import FilmWriter
 from lab.evaluate import markdown
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler prints when it starts and stops
-
 TEXT = "the quick brown fox"  # after it the films are silent, which takes the same time
 LEGEND = """
 - start-up: import, without that of torch; load, until the model is on the device; the first chunk
@@ -44,7 +42,7 @@ LEGEND = """
 - last to new: a chunk after the film's end, divided by one of a new film, measured in turns
 - real time: seconds of film made in a second, end to end, with its .mp4
 - memory growth: from a tenth of the film to its end
-- limit share: of the model in a chunk; of forward and backward in a training step"""
+- limit share: of a chunk; of forward and backward in a training step"""
 
 
 def clock(device: torch.device) -> float:
@@ -82,39 +80,18 @@ def machine(device: torch.device) -> str:
     return f"{(names + [platform.processor()])[0]}, {torch.get_num_threads()} threads"
 
 
-def matrix_products(function) -> list[tuple]:
-    """Run a function -> the shapes (a, b) of all matrix products a @ b in it.
-
-    linear, matmul and einsum call one of the four operations that are counted. Fused
-    attention is two products; its gradient is not counted, nor are convolutions.
-    """
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+def operations_of(function) -> int:
+    """Floating-point operations of a call: those of its matrix products and convolutions."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         function()
-    products = []
-    for event in recorded.key_averages(group_by_input_shape=True):
-        name, shapes, found = event.key, event.input_shapes, []
-        if name in ("aten::mm", "aten::bmm"):
-            found = [(shapes[0], shapes[1])]
-        elif name in ("aten::addmm", "aten::baddbmm"):  # a bias comes first
-            found = [(shapes[1], shapes[2])]
-        elif re.fullmatch("aten::_scaled_dot_product_.*_attention(_for_cpu)?", name):
-            q, k, v = shapes[:3]
-            scores = [*q[:-1], k[-2]]
-            found = [(q, [*k[:-2], k[-1], k[-2]]), (scores, v)]
-        products += event.count * found
-    return products
+    return counter.get_total_flops()
 
 
-def seconds_alone(products: list[tuple], device: torch.device) -> float:
-    """Seconds that random matrices of these shapes take, in the precision that suits the device."""
-    like = {"dtype": runs.native_precision(device), "device": device}
-    pairs = [(torch.randn(a, **like), torch.randn(b, **like)) for a, b in products]
-
-    def multiply():
-        for a, b in pairs:
-            a @ b
-
-    return min([seconds_of(multiply, device) for _ in range(5)])
+def limit_of(function, device: torch.device) -> float:
+    """Seconds that the operations of a call take at the rate of a large matrix product."""
+    matrix = torch.randn(2048, 2048, dtype=runs.native_precision(device), device=device)
+    seconds = min([seconds_of(lambda: matrix @ matrix, device) for _ in range(5)])
+    return operations_of(function) * seconds / (2 * 2048**3)
 
 
 def load(checkpoint: Path, device: torch.device, make_codecs) -> tuple:
@@ -166,7 +143,7 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
         last_s.append(seconds_of(lambda: next(film), device))
         new_s.append(seconds_of(lambda: next(new_film), device))
     peak = memory(device, peak=True)
-    limit_s = seconds_alone(matrix_products(lambda: next(film)), device)
+    limit_s = limit_of(lambda: next(film), device)
 
     video, audio = mf.split(cfg, torch.randn(1, cfg.chunk, cfg.latent_values, device=device))
 
@@ -184,7 +161,7 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
         "real_time": chunks * cfg.chunk_seconds / film_s,
         "peak_memory_mb": peak,
         "memory_growth_mb": growth,
-        "limit_share": limit_s / (np.median(chunk_s) - decode_s),
+        "limit_share": limit_s / np.median(chunk_s),
     }
 
 
@@ -219,7 +196,7 @@ def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, 
     names = ("films_ms", "forward_ms", "backward_ms", "optimizer_ms")
     row = dict(zip(names, parts)) | {"step_ms": parts.sum()}
     row["peak_memory_mb"] = memory(device, peak=True)
-    limit_s = seconds_alone(matrix_products(lambda: loss_of(x, controls).backward()), device)
+    limit_s = limit_of(lambda: loss_of(x, controls).backward(), device)
     return row | {"limit_share": 1000 * limit_s / (row["forward_ms"] + row["backward_ms"])}
 
 

@@ -25,7 +25,7 @@ import mutual_forcing as mf
 import train
 from data import runs
 from data.batches import Batches
-from data.checkpoint import load_checkpoint, replace_file
+from data.checkpoint import load_checkpoint, replace_file, save_checkpoint
 from data.codecs import make_codecs
 from data.controls import stream_film
 from data.talker import talk
@@ -47,7 +47,7 @@ class Films(NamedTuple):
 class Arm(NamedTuple):
     """A way of training, and its scores."""
 
-    options: str  # of train.py; {init}: --init, {codec}: codec.pt beside it, {needs}: see below
+    options: str  # of train.py; {init}: --init, {codec}: its stage 0, {needs}: see below
     films: list[Films]
     seeds: int = 3  # at most so many
     needs: str | None = None  # an arm that is trained before, with the same seed
@@ -91,6 +91,9 @@ ARMS = {
 RESTS_ON = ("mutual_forcing", "train", "data/batches", "data/codecs", "data/controls")
 RESTS_ON += ("data/talker", "lab/evaluate", "lab/ruler", "lab/looks", "lab/flow_map")
 SCORED = [name for name, arm in ARMS.items() if arm.films]
+# Figures in the tables; the results hold all.
+SHOWN = ("transcript_error", "lip", "sync", "identity_drift", "voice_drift", "loudness_db")
+SHOWN += ("letter_margin", "letter_spread", "mouth_letters", "lopsided", "flicker", "grain")
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the Markdown file
 
 
@@ -119,7 +122,9 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     steps = train.plan_of(parsed, parsed.stage).steps
     if checkpoint.exists() and load_checkpoint(checkpoint, make_codecs)[2]["step"] >= steps:
         return checkpoint
-    paths = {"init": args.init, "codec": args.init.with_name("codec.pt")}
+    paths = {"init": args.init, "codec": args.out / "codec.pt"}
+    if "{codec}" in arm.options:
+        save_stage_0(args.init, paths["codec"], make_codecs)
     if arm.needs:
         paths["needs"] = train_arm(arm.needs, seed, args, make_codecs)
     words = [word.format(**paths) for word in arm.options.split()]
@@ -131,6 +136,13 @@ def train_arm(name: str, seed: int, args, make_codecs) -> Path:
     if code:
         raise UserError(f"arm {name}, seed {seed}: train.py failed, as it says above")
     return checkpoint
+
+
+def save_stage_0(init: Path, path: Path, make_codecs) -> None:
+    """Write what stage 0 left: the codecs of init, and a transformer that has learned nothing."""
+    model, codecs, _ = load_checkpoint(init, make_codecs)
+    torch.manual_seed(0)
+    save_checkpoint(path, mf.AudioVideoTransformer(model.cfg), codecs, {"stage": "codec"})
 
 
 @torch.no_grad()
@@ -264,14 +276,30 @@ def table(rows: list[dict]) -> str:
     columns, seeds_of = ("arm", "mode", "steps", "guidance"), defaultdict(list)
     for row in rows:
         seeds_of[tuple(row[name] for name in columns)].append(row)
-    figures = [name for name in FIGURES if rows[0][name][0] is not None]  # those that apply
     lines = []
     for key, seeds in seeds_of.items():
         line = dict(zip(columns, key)) | {"seeds": len(seeds) if seeds[0]["mode"] else None}
-        for name in figures:
-            line[name.replace("_", " ")] = by_part([row[name] for row in seeds])
+        for name in SHOWN:
+            if rows[0][name][0] is not None:  # a figure that applies to these films
+                line[name.replace("_", " ")] = by_part([row[name] for row in seeds])
         lines.append(line)
     return markdown(lines)
+
+
+def by_evaluations(rows: list[dict]) -> list[dict]:
+    """The hybrid at the end of its films -> a line for each number of evaluations a chunk."""
+    hybrid = [row for row in rows if row["arm"] == "hybrid" and row["seconds"] <= ALL[0].seconds]
+    figures = [("spoken", "transcript_error"), ("spoken", "sync")]
+    figures += [("babbling", "sync"), ("babbling", "letter_margin"), ("babbling", "letter_spread")]
+    lines = []
+    for mode, steps in sorted(ALL[0].settings):
+        line = {"mode": mode, "evaluations": steps}
+        for control, name in figures:
+            key = {"mode": mode, "steps": steps, "control": control}.items()
+            last = [row[name][-1] for row in hybrid if key <= row.items()]
+            line[f"{control}: {name.replace('_', ' ')}"] = mean(last)
+        lines.append(line)
+    return lines
 
 
 def tables(results: dict) -> str:
@@ -290,6 +318,7 @@ def tables(results: dict) -> str:
         title = "Babbling" if is_babbling else "Spoken"
         title = f"### {title}, {talkers} talkers, films of {seconds:g} s: seconds {windows}"
         parts += [title, table(list(same))]
+    parts += ["### The hybrid by evaluations, last window", markdown(by_evaluations(rows))]
     lines = []
     for name, arm in results["arms"].items():
         lines.append({"arm": name, "cosine by layer": by_part(arm["alike"].values())})
@@ -330,9 +359,6 @@ def run(args, make_codecs) -> None:
     _, _, extra = load_checkpoint(args.init, make_codecs)
     if extra.get("stage") != "joint" or extra.get("whole"):
         raise UserError(f"{args.init}: not the end of stage 2")
-    if "one-stage" in args.arms and not args.init.with_name("codec.pt").exists():
-        print("no codec.pt beside --init, so arm one-stage is left out", file=sys.stderr)
-        args.arms = [name for name in args.arms if name != "one-stage"]
     args.out.mkdir(parents=True, exist_ok=True)
     results = open_results(args)
     store(results, args.results)  # an error comes now, and not after hours
@@ -347,7 +373,7 @@ def run(args, make_codecs) -> None:
     strips = [args.out / f"{name}.png" for name in SCORED]
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
-        iio.imwrite(args.out / "arms.png", np.concatenate(pictures))
+        iio.imwrite(args.results.with_name("arms.png"), np.concatenate(pictures))
     if failed:
         raise UserError("not all arms have scores, as it says above") from failed
 
