@@ -165,11 +165,17 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
     }
 
 
-def training_row(checkpoint: Path, device: torch.device, make_codecs, *, stage, batch, seconds):
+def training_row(
+    checkpoint: Path, device: torch.device, make_codecs, *, objectives, batch, seconds
+) -> dict:
     """The parts of train.train_step(), from the checkpoint's weights."""
     args = train.build_parser().parse_args([])
     args.device, args.weights, args.extra = device, mf.WEIGHTS, None
-    args.real, args.real_is_whole = None, False
+    args.real, args.real_is_whole = None, objectives == "Self-Forcing"
+    if args.real_is_whole:  # with a network more, the bidirectional teacher
+        args.real, _ = sample.load_talker(checkpoint, make_codecs)
+        args.weights = {"flow": 0.0, "shortcut": 0.0, "dmd": 1.0}
+    stage = "joint" if objectives == "flow matching" else "mutual"
     is_bf16 = runs.native_precision(device) == torch.bfloat16
     args.precision = "bf16" if is_bf16 else "fp32"
     state = train.State(*sample.load_talker(checkpoint, make_codecs), stage, args)
@@ -206,9 +212,9 @@ JOBS = [
     ("film", film_row, {"mode": "few", "steps": 4, "seconds": 600}),
     ("film", film_row, {"mode": "few", "steps": 8, "seconds": 10}),
     ("film", film_row, {"mode": "multi", "steps": 50, "seconds": 10}),
-    ("training step", training_row, {"stage": "joint", "batch": 8, "seconds": 1.5}),
-    ("training step", training_row, {"stage": "mutual", "batch": 8, "seconds": 1.5}),
 ]
+for name in ("flow matching", "Mutual Forcing", "Self-Forcing"):
+    JOBS.append(("training step", training_row, {"objectives": name, "batch": 8, "seconds": 1.5}))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -71,7 +71,7 @@ ONE_STAGE = f"--stage joint --init {{codec}} --steps {STEPS} "
 ARMS = {
     "two-stages": Arm("", BOTH, 1),  # --init itself
     # Stage 2 continued, in all else like the other arms of stage 3.
-    "control": Arm(REAL + "--flow 1 --shortcut 0 --dmd 0 ", BOTH + GUIDED + LONG),
+    "control": Arm(REAL + "--flow 1 --shortcut 0 --dmd 0 ", BOTH + GUIDED),
     "hybrid": Arm(STAGE_3, ALL + LONG),
     "shortcut": Arm(STAGE_3 + "--shortcut 1 --dmd 0 ", FAST),
     "dmd": Arm(STAGE_3 + "--shortcut 0 --dmd 1 ", FAST),
@@ -84,7 +84,7 @@ ARMS = {
     "clips-of-1s": Arm(STAGE_2 + "--batch 12 --seconds 1 ", FAST, 1),
     "clips-of-3s": Arm(STAGE_2 + "--batch 4 --seconds 3 ", FAST, 1),
     "guidance-5": Arm(STAGE_3 + "--guidance 5 ", FAST, 1),
-    "hybrid-late": Arm(STAGE_3 + "--history late ", FAST + LONG, 1),
+    "hybrid-late": Arm(STAGE_3 + "--history late ", FAST, 1),
     "no-fake-score": Arm(STAGE_3 + "--dmd 0 ", FAST, 3, extra={"flow_map": flow_map_dmd}),
     "one-stage": Arm(ONE_STAGE, BOTH, 1),  # the last one, because it takes hours
 }

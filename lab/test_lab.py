@@ -276,7 +276,7 @@ def test_a_chunk_costs_its_steps_and_the_commit():
 
 
 def test_benchmark_prints_positive_figures(checkpoint, monkeypatch, capsys):
-    (what, measure, settings), training_jobs = benchmark.JOBS[1], benchmark.JOBS[-2:]
+    (what, measure, settings), training_jobs = benchmark.JOBS[1], benchmark.JOBS[-3:]
     given = (checkpoint, torch.device("cpu"), make_codecs)
     assert benchmark.main(["--device", "abacus"]) == 2
     words = ["--device=cpu", f"--checkpoint={checkpoint}"]
