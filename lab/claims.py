@@ -58,7 +58,7 @@ FEW = [("few", 4), ("few", 8)]
 MULTI = [("multi", 50)]
 FAST = [Films(FEW)]
 BOTH = [Films(FEW + MULTI)]
-ALL = [Films([*FEW, ("few", 1), ("few", 2), ("few", 16), *MULTI])]
+ALL = [Films([("few", 1), ("few", 2), *FEW, ("few", 16), *MULTI])]
 GUIDED = [Films(MULTI, guidance=5.0)]
 LONG = [Films([("few", 4)], seconds=60.0), Films([("few", 4)], seconds=600.0)]
 STAGE_2 = "--stage joint --init {init} --lr 3e-4 --steps 500 "
@@ -164,8 +164,7 @@ def likeness(model, codecs) -> list[float]:
         model(x_t, t, d, controls, x)
     for hook in hooks:
         hook.remove()
-    layers = len(model.blocks)
-    few, multi = torch.stack(outputs[:layers]), torch.stack(outputs[layers:])
+    few, multi = torch.stack(outputs).chunk(2)  # each (layers, 2, B, S, N, D)
     cosines = torch.cosine_similarity(few, multi, -1).flatten(1).mean(1)
     return [round(cosine, 4) for cosine in cosines.tolist()]
 
@@ -184,44 +183,35 @@ def draw_strip(model, codecs, name: str, seconds: float) -> np.ndarray:
     return np.concatenate([label, strip])
 
 
-def jobs_of(args) -> list[dict]:
-    """All films to score, with what their rows share; the first seed of each arm comes first."""
-    jobs = []
-    for seed, name in product(range(args.seeds), args.arms):
-        if seed >= ARMS[name].seeds:
-            continue
-        for films in ARMS[name].films:
-            job = {"arm": name, "seed": seed} | films._asdict()
-            job["seconds"] = min(films.seconds, args.seconds)
-            job["talkers"] = min(args.talkers, 4) if job["seconds"] > 60 else args.talkers
-            jobs.append(job)
-    return jobs
-
-
 def holds(results: dict, values: dict) -> bool:
     """Whether one of the rows has these values."""
     return any(values.items() <= row.items() for row in results["rows"])
 
 
-def score_films(args, results: dict, make_codecs, *, arm, seed, settings, **films) -> None:
-    """Train an arm, if need be, and enter the scores of its films, unless the results hold them."""
-    job = {"arm": arm, "seed": seed} | films
-    rows = [job | {"mode": mode, "steps": steps} for mode, steps in settings]
-    if all(holds(results, row) for row in rows):
-        return
-    model, codecs = load_talker(train_arm(arm, seed, args, make_codecs), make_codecs)
-    model, codecs = model.to(args.device), codecs.to(args.device)
-    about = results["arms"].setdefault(arm, {"options": ARMS[arm].options, "alike": {}})
-    if str(seed) not in about["alike"]:
-        about["alike"][str(seed)] = likeness(model, codecs)
-        if seed == 0:
-            strip = draw_strip(model, codecs, arm, min(25.0, args.seconds))
-            iio.imwrite(args.out / f"{arm}.png", strip)
-    for row in evaluate({arm: (model, codecs)}, settings=settings, **films)["rows"]:
-        figures = {name: row.pop(name) for name in FIGURES}
-        row = {"arm": row.pop("checkpoint"), "seed": seed if row["mode"] else None} | films | row
-        if not holds(results, row):  # ground truth comes with all films
-            results["rows"].append(row | figures)
+def score_arm(name: str, seed: int, args, results: dict, make_codecs) -> None:
+    """Train an arm, if need be, and enter those scores of its films that the results lack."""
+    for settings, guidance, seconds in ARMS[name].films:
+        seconds = min(seconds, args.seconds)
+        talkers = min(args.talkers, 4) if seconds > 60 else args.talkers
+        films = {"guidance": guidance, "seconds": seconds, "talkers": talkers}
+        job = {"arm": name, "seed": seed} | films
+        if all(holds(results, job | {"mode": mode, "steps": steps}) for mode, steps in settings):
+            continue
+        model, codecs = load_talker(train_arm(name, seed, args, make_codecs), make_codecs)
+        model, codecs = model.to(args.device), codecs.to(args.device)
+        about = results["arms"].setdefault(name, {"options": ARMS[name].options, "alike": {}})
+        if str(seed) not in about["alike"]:
+            if seed == 0:
+                strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
+                iio.imwrite(args.out / f"{name}.png", strip)
+            about["alike"][str(seed)] = likeness(model, codecs)
+        for row in evaluate({name: (model, codecs)}, settings=settings, **films)["rows"]:
+            figures = {figure: row.pop(figure) for figure in FIGURES}
+            source = {"arm": row.pop("checkpoint"), "seed": seed if row["mode"] else None}
+            row = source | films | row
+            if not holds(results, row):  # ground truth comes with all films
+                results["rows"].append(row | figures)
+        store(results, args.results)
 
 
 def load_results(path: Path) -> dict:
@@ -239,11 +229,13 @@ def open_results(args) -> dict:
     if args.results.exists():
         results = load_results(args.results)
     others = [name for name, now in args.checksums.items() if results[name] != now]
-    for name, arm in results["arms"].items():
-        if name in ARMS and arm["options"] != ARMS[name].options:
+    for name, arm in ARMS.items():
+        if results["arms"].get(name, {"options": arm.options})["options"] != arm.options:
             others.append(f"training of {name}")
+            del results["arms"][name]  # to be made again
+            results["rows"] = [row for row in results["rows"] if row["arm"] != name]
     if others and not args.mix:
-        raise UserError(f"{args.results}: of another {others[0]}; --mix adds to it even so")
+        raise UserError(f"{args.results}: of another {others[0]}; --mix goes on even so")
     return results | args.checksums | {"mixed": results["mixed"] or bool(others)}
 
 
@@ -271,9 +263,9 @@ def by_part(lists) -> str:
     return " / ".join([mean(values) for values in zip(*lists)])
 
 
-def table(rows: list[dict]) -> str:
-    """Rows of the same films -> a line for each arm and way of sampling; a number a window."""
-    columns, seeds_of = ("arm", "mode", "steps", "guidance"), defaultdict(list)
+def table(rows: list[dict], columns: tuple) -> str:
+    """A line for each combination of the columns' values; means over seeds, a number a window."""
+    seeds_of = defaultdict(list)
     for row in rows:
         seeds_of[tuple(row[name] for name in columns)].append(row)
     lines = []
@@ -284,22 +276,6 @@ def table(rows: list[dict]) -> str:
                 line[name.replace("_", " ")] = by_part([row[name] for row in seeds])
         lines.append(line)
     return markdown(lines)
-
-
-def by_evaluations(rows: list[dict]) -> list[dict]:
-    """The hybrid at the end of its films -> a line for each number of evaluations a chunk."""
-    hybrid = [row for row in rows if row["arm"] == "hybrid" and row["seconds"] <= ALL[0].seconds]
-    figures = [("spoken", "transcript_error"), ("spoken", "sync")]
-    figures += [("babbling", "sync"), ("babbling", "letter_margin"), ("babbling", "letter_spread")]
-    lines = []
-    for mode, steps in sorted(ALL[0].settings):
-        line = {"mode": mode, "evaluations": steps}
-        for control, name in figures:
-            key = {"mode": mode, "steps": steps, "control": control}.items()
-            last = [row[name][-1] for row in hybrid if key <= row.items()]
-            line[f"{control}: {name.replace('_', ' ')}"] = mean(last)
-        lines.append(line)
-    return lines
 
 
 def tables(results: dict) -> str:
@@ -317,8 +293,11 @@ def tables(results: dict) -> str:
         windows = " / ".join([f"{begin}-{end}" for begin, end in windows_of(seconds)])
         title = "Babbling" if is_babbling else "Spoken"
         title = f"### {title}, {talkers} talkers, films of {seconds:g} s: seconds {windows}"
-        parts += [title, table(list(same))]
-    parts += ["### The hybrid by evaluations, last window", markdown(by_evaluations(rows))]
+        parts += [title, table(list(same), ("arm", "mode", "steps", "guidance"))]
+    hybrid = [row for row in rows if row["arm"] == "hybrid" and row["seconds"] <= 25]
+    if hybrid:
+        columns = ("control", "seconds", "talkers", "mode", "steps")
+        parts += ["### The hybrid, by evaluations", table(hybrid, columns)]
     lines = []
     for name, arm in results["arms"].items():
         lines.append({"arm": name, "cosine by layer": by_part(arm["alike"].values())})
@@ -328,28 +307,25 @@ def tables(results: dict) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = "Train and score the paper's claims, arm by arm."
-    parser = argparse.ArgumentParser("lab.claims", description=about)
+    parser = argparse.ArgumentParser("lab.claims", description="The paper's claims, arm by arm.")
     add = parser.add_argument
     add("--init", type=Path, help="the end of stage 2, which the arms start from")
     add("--out", type=Path, default=Path("runs/claims"), help="folder; default %(default)s")
     add("--results", type=Path, default=Path("docs/results.json"), help="default %(default)s")
     add("--seeds", type=int, default=1, help="of each arm, at most what ARMS says; default 1")
-    names = ", ".join(SCORED)
-    add("--arms", nargs="+", choices=SCORED, default=SCORED, metavar="NAME", help=names)
-    add("--talkers", type=int, default=16, help="films to score; long ones: 4 at most; default 16")
+    add("--arms", nargs="+", choices=SCORED, default=SCORED, metavar="NAME", help=", ".join(SCORED))
+    add(
+        "--talkers", type=int, default=16, help="films to score; of over 60 s at most 4; default 16"
+    )
     add("--seconds", type=float, default=600.0, help="length of scored films, at most")
     add("--device", help="default: cuda, else mps, else cpu")
-    add("--mix", action="store_true", help="add to results of another --init, code or training")
+    add("--mix", action="store_true", help="go on with results of another --init, code or training")
     add("--tables", action="store_true", help="only print the tables of --results")
     return parser
 
 
 def run(args, make_codecs) -> None:
-    """Train and score what is missing, which goes on after an interruption; draw the arms.
-
-    Raises UserError, OSError.
-    """
+    """Train and score what the results lack; draw the arms. Raises UserError, OSError."""
     if args.tables:
         print(tables(load_results(args.results)))
         return
@@ -363,14 +339,15 @@ def run(args, make_codecs) -> None:
     results = open_results(args)
     store(results, args.results)  # an error comes now, and not after hours
     failed = None
-    for job in tqdm(jobs_of(args), "scores", disable=None):
+    jobs = product(range(args.seeds), args.arms)  # all arms' first seeds, then all second ones
+    jobs = [(name, seed) for seed, name in jobs if seed < ARMS[name].seeds]
+    for name, seed in tqdm(jobs, "arms", disable=None):
         try:
-            score_films(args, results, make_codecs, **job)
+            score_arm(name, seed, args, results, make_codecs)
         except UserError as error:  # such as a gradient that is not finite; the others go on
             failed = error
-            print(f"lab.claims: {job['arm']}: {error}", file=sys.stderr)
-        store(results, args.results)
-    strips = [args.out / f"{name}.png" for name in SCORED]
+            print(f"lab.claims: {name}: {error}", file=sys.stderr)
+    strips = [args.out / f"{name}.png" for name in SCORED if name in results["arms"]]
     pictures = [iio.imread(path) for path in strips if path.exists()]
     if pictures:
         iio.imwrite(args.results.with_name("arms.png"), np.concatenate(pictures))

@@ -62,17 +62,19 @@ class LiveFilm:
                 raise UserError("this picture is not kept any more")
             frames, _ = self.kept[chunk]
             settings = settings | {"first_frame": frames[frame % self.cfg.chunk_frames]}
+        settings = settings | {"seconds": 24 * 3600, "transcript": self.transcript()}
+        self.stream = stream_film(self.model, self.codecs, **settings)
         # What the stream before only read, it did not say.
         self.waiting.extendleft(reversed(self.read))
         self.read.clear()
-        settings = settings | {"seconds": 24 * 3600, "transcript": self.transcript()}
-        self.stream = stream_film(self.model, self.codecs, **settings)
 
     def say(self, text: str) -> str:
         """Append to the text that waits -> the number of the first frame that says it."""
         symbols = spell(text.strip())
-        if len(text) > LONGEST_TEXT or len(self.waiting) > MOST_WAITING:
-            raise UserError(f"at most {LONGEST_TEXT} letters, and 15 minutes of text may wait")
+        if len(text) > LONGEST_TEXT:
+            raise UserError(f"at most {LONGEST_TEXT} letters at a time")
+        if len(self.waiting) > MOST_WAITING:
+            raise UserError("too much text is waiting; let it be spoken first")
         if set(symbols) <= {self.cfg.silence}:
             raise UserError("nothing in this text can be spoken; letters a to z can")
         first_frame = self.num_frames + len(self.read) + len(self.waiting)
@@ -107,13 +109,6 @@ class LiveFilm:
         header += b" " * (-len(header) % 4)  # a page reads float32 only where 4 divides the place
         return len(header).to_bytes(4, "little") + header + samples.tobytes() + frames.tobytes()
 
-    def last_minute(self) -> tuple[np.ndarray, np.ndarray]:
-        """Frames and samples; silence stands for the last ones, which the stream returns later."""
-        if not self.kept:
-            raise UserError("there is nothing to save yet")
-        frames, samples = map(np.concatenate, zip(*self.kept))
-        return frames, np.pad(samples[self.late :], (0, self.late))
-
 
 class Refusal(Exception):
     """Arguments: an HTTP status, and one line that says why the request is refused."""
@@ -140,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(*refusal.args)
         except UserError as error:
             self.send_error(400, str(error))
-        except ConnectionError:
+        except (ConnectionError, TimeoutError):  # the page has left, or takes no answer
             raise
         except Exception as error:  # noqa: BLE001 - a bug, maybe of the maker; the page shows it
             traceback.print_exc()
@@ -155,7 +150,8 @@ class Handler(BaseHTTPRequestHandler):
         """What a request asks for. Raises Refusal, and UserError."""
         length = self.headers.get("Content-Length", "0")
         length = int(length) if re.fullmatch("[0-9]{1,9}", length) else None
-        body = self.rfile.read(min(length or 0, 2**20))  # who still sends reads no answer
+        # A body that is refused is read, too: a page that still sends reads no answer.
+        body = self.rfile.read(min(length or 0, 2**20))
         if length is None or length > LONGEST_BODY:
             raise Refusal(413, f"a request has at most {LONGEST_BODY} bytes")
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
@@ -201,9 +197,9 @@ class Server(ThreadingHTTPServer):
             case "/chunk":
                 return film.next_chunk()
             case "/say":
-                return film.say(str(asked.get("text")))
+                return film.say(str(asked.get("text", "")))
             case "/save":
-                return film.last_minute()
+                return list(film.kept), film.late
             case "/close":
                 del self.films[asked["film"]]
         return "done"
@@ -232,8 +228,12 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def film_file(frames: np.ndarray, samples: np.ndarray, cfg: Config) -> bytes:
-    """An mp4 of frames and samples."""
+def film_file(kept: list, late: int, cfg: Config) -> bytes:
+    """An mp4 of what is kept. Silence stands for its last samples, which the stream returns later."""
+    if not kept:
+        raise UserError("there is nothing to save yet")
+    frames, samples = map(np.concatenate, zip(*kept))
+    samples = np.pad(samples[late:], (0, late))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "film.mp4")
         with closing(FilmWriter(out, cfg)) as writer:
