@@ -570,6 +570,15 @@ def test_a_live_film_that_no_page_asks_for_makes_room(live_server):
     assert ask("/chunk", film=films[0])[0] == 404
 
 
+def test_a_page_that_stalls_is_no_bug(live_server, monkeypatch, capfd):
+    server, _ = live_server
+    monkeypatch.setattr(live.Handler, "timeout", 0.1)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as page:
+        page.sendall(b"POST /say HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
+        assert page.recv(1) == b""
+    assert capfd.readouterr().err == ""
+
+
 def test_live_refuses_mistakes_in_one_line(checkpoint, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
