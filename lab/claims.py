@@ -18,7 +18,6 @@ from typing import NamedTuple
 import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import mutual_forcing as mf
@@ -94,6 +93,7 @@ SCORED = [name for name, arm in ARMS.items() if arm.films]
 # Figures in the tables; the results hold all.
 SHOWN = ("transcript_error", "lip", "sync", "identity_drift", "voice_drift", "loudness_db")
 SHOWN += ("letter_margin", "letter_spread", "mouth_letters", "lopsided", "flicker", "grain")
+STRIP = "arms/{}.png"  # beside the results
 BEGIN, END = "<!-- claims -->", "<!-- /claims -->"  # around the tables in the Markdown file
 
 
@@ -169,18 +169,15 @@ def likeness(model, codecs) -> list[float]:
     return [round(cosine, 4) for cosine in cosines.tolist()]
 
 
-def draw_strip(model, codecs, name: str, seconds: float) -> np.ndarray:
-    """Three characters, each after 2 seconds and at the end, below the name of the arm."""
+def draw_strip(model, codecs, seconds: float) -> np.ndarray:
+    """Three characters, each after 2 seconds and at the end: the same words and noise for all arms."""
     cfg, shots = model.cfg, []
     for character in cfg.characters[:3]:
         words = {"transcript": "the quick brown fox jumps " * 6, "character": character}
         film = stream_film(model, codecs, seconds=seconds + 0.5, **words)
         frames = np.concatenate([frames for frames, _ in film])
         shots += [frames[2 * cfg.fps], frames[int(seconds * cfg.fps)]]
-    strip = np.concatenate(shots, 1).repeat(2, 0).repeat(2, 1)
-    label = Image.new("RGB", (strip.shape[1], 16), "white")
-    ImageDraw.Draw(label).text((4, 2), f"{name}: 2 s and {seconds:g} s", "black")
-    return np.concatenate([label, strip])
+    return np.concatenate(shots, 1).repeat(2, 0).repeat(2, 1)
 
 
 def holds(results: dict, values: dict) -> bool:
@@ -202,8 +199,9 @@ def score_arm(name: str, seed: int, args, results: dict, make_codecs) -> None:
         about = results["arms"].setdefault(name, {"options": ARMS[name].options, "alike": {}})
         if str(seed) not in about["alike"]:
             if seed == 0:
-                strip = draw_strip(model, codecs, name, min(25.0, args.seconds))
-                iio.imwrite(args.out / f"{name}.png", strip)
+                strip = args.results.parent / STRIP.format(name)
+                strip.parent.mkdir(exist_ok=True)
+                iio.imwrite(strip, draw_strip(model, codecs, min(25.0, args.seconds)))
             about["alike"][str(seed)] = likeness(model, codecs)
         for row in evaluate({name: (model, codecs)}, settings=settings, **films)["rows"]:
             figures = {figure: row.pop(figure) for figure in FIGURES}
@@ -300,9 +298,11 @@ def tables(results: dict) -> str:
         parts += ["### The hybrid, by evaluations", table(hybrid, columns)]
     lines = []
     for name, arm in results["arms"].items():
-        lines.append({"arm": name, "cosine by layer": by_part(arm["alike"].values())})
+        line = {"arm": name, "likeness by layer": by_part(arm["alike"].values())}
+        lines.append(line | {"2 s and the end": f"![{name}]({STRIP.format(name)})"})
     if lines:
-        parts += ["### How alike the two modes are", markdown(lines)]
+        parts += ["### How alike the two modes are, and three films after 2 s and at the end"]
+        parts.append(markdown(lines))
     return "\n\n".join(parts)
 
 
@@ -347,10 +347,6 @@ def run(args, make_codecs) -> None:
         except UserError as error:  # such as a gradient that is not finite; the others go on
             failed = error
             print(f"lab.claims: {name}: {error}", file=sys.stderr)
-    strips = [args.out / f"{name}.png" for name in SCORED if name in results["arms"]]
-    pictures = [iio.imread(path) for path in strips if path.exists()]
-    if pictures:
-        iio.imwrite(args.results.with_name("arms.png"), np.concatenate(pictures))
     if failed:
         raise UserError("not all arms have scores, as it says above") from failed
 

@@ -358,7 +358,7 @@ def test_claims(tmp_path, monkeypatch, capsys):
     assert train.main([*tiny.split(), "--out", f"{tmp_path}/init"]) == 0
     results, page = tmp_path / "r.json", tmp_path / "r.md"
     page.write_text(f"above\n{claims.BEGIN}\nold\n{claims.END}\nbelow\n")
-    words = f"--init {tmp_path}/init/joint.pt --out {tmp_path}/arms --results {results}"
+    words = f"--init {tmp_path}/init/joint.pt --out {tmp_path}/runs --results {results}"
     words += " --arms shortcut self-forcing --talkers 2 --seconds 5 --device cpu"
     words, usual, few = words.split(), claims.ARMS, "--steps 2 --batch 2 "
     short = {name: arm._replace(options=arm.options + few) for name, arm in usual.items()}
@@ -386,7 +386,7 @@ def test_claims(tmp_path, monkeypatch, capsys):
     whole = json.loads(results.read_text())
     assert whole["rows"][:8] == first["rows"] and len(whole["rows"]) == 12 and len(runs) == 4
     assert len(whole["arms"]["self-forcing"]["alike"]["0"]) == 2  # layers
-    assert iio.imread(tmp_path / "arms.png").shape == (2 * 144, 768, 3)
+    assert iio.imread(tmp_path / "arms" / "self-forcing.png").shape == (128, 768, 3)
 
     monkeypatch.setattr(claims, "evaluate", None)  # calling it would fail
     assert claims.main(words) == 0 and len(runs) == 4
