@@ -403,6 +403,32 @@ def test_claims(tmp_path, monkeypatch, capsys):
     assert claims.main([*words, "--mix"]) == 0 and json.loads(results.read_text())["mixed"]
 
 
+def test_seeds_are_scored_apart_and_become_a_mean_and_a_spread(tmp_path, monkeypatch):
+    words = ["--results", str(tmp_path / "r.json"), "--seconds", "25"]
+    args, made = claims.build_parser().parse_args(words), []
+    args.device, args.checksums = "cpu", {}
+    results = {"init": "", "code": "", "mixed": False, "arms": {}, "rows": []}
+
+    def evaluate(models, *, settings, **films):
+        row = {name: [0.1 * len(made)] * 3 for name in ruler.FIGURES} | {"guidance": 1.0}
+        made.append(settings)
+        rows = [row | {"mode": mode, "steps": steps} for mode, steps in settings]
+        return {"rows": [row | {"control": "spoken", "checkpoint": "dmd"} for row in rows]}
+
+    monkeypatch.setattr(claims, "evaluate", evaluate)
+    monkeypatch.setattr(claims, "train_arm", lambda name, seed, *rest: tmp_path / f"{seed}.pt")
+    monkeypatch.setattr(claims, "likeness", lambda *_: [1.0])
+    monkeypatch.setattr(claims, "draw_strip", lambda *_: np.zeros((2, 2, 3), np.uint8))
+    for seed in (0, 1, 0):  # the third has scores already
+        save_checkpoint(tmp_path / f"{seed}.pt", lively(TINY), make_codecs(TINY))
+        claims.score_arm("dmd", seed, args, results, make_codecs)
+    assert made == [claims.FEW] * 2 and [row["seed"] for row in results["rows"]] == [0, 0, 1, 1]
+    lines = claims.tables(results).splitlines()
+    cell = "0.05 ± 0.071"
+    found = [line for line in lines if line.startswith("| dmd | few | 4 | 1 | 2 |")]
+    assert len(found) == 1 and found[0].count(f"{cell} / {cell} / {cell}") == len(claims.SHOWN)
+
+
 # ---- lab/live.py
 
 
