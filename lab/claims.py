@@ -186,7 +186,10 @@ def holds(results: dict, values: dict) -> bool:
 
 
 def score_arm(name: str, seed: int, args, results: dict, make_codecs) -> None:
-    """Train an arm, if need be, and enter those scores of its films that the results lack."""
+    """Train an arm, if need be, and enter those scores of its films that the results lack.
+
+    With them come the likeness of its modes and, of the first seed, a strip of films.
+    """
     for settings, guidance, seconds in ARMS[name].films:
         seconds = min(seconds, args.seconds)
         talkers = min(args.talkers, 4) if seconds > 60 else args.talkers
@@ -314,9 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--results", type=Path, default=Path("docs/results.json"), help="default %(default)s")
     add("--seeds", type=int, default=1, help="of each arm, at most what ARMS says; default 1")
     add("--arms", nargs="+", choices=SCORED, default=SCORED, metavar="NAME", help=", ".join(SCORED))
-    add(
-        "--talkers", type=int, default=16, help="films to score; of over 60 s at most 4; default 16"
-    )
+    add("--talkers", type=int, default=16, help="films to score; over 60 s: 4 at most; default 16")
     add("--seconds", type=float, default=600.0, help="length of scored films, at most")
     add("--device", help="default: cuda, else mps, else cpu")
     add("--mix", action="store_true", help="go on with results of another --init, code or training")
@@ -325,7 +326,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args, make_codecs) -> None:
-    """Train and score what the results lack; draw the arms. Raises UserError, OSError."""
+    """Train and score what the results lack. Raises UserError, OSError."""
     if args.tables:
         print(tables(load_results(args.results)))
         return
