@@ -27,11 +27,14 @@ from mutual_forcing import Config, UserError
 SHIPPED = Path(__file__).parent / "assets" / "talker.pt"
 
 
-def load_talker(path: Path, make_codecs) -> tuple[mf.AudioVideoTransformer, Codecs]:
-    """A checkpoint that can stream a film. Raises CheckpointError for any other."""
+def load_talker(path: Path, make_codecs, device=None) -> tuple[mf.AudioVideoTransformer, Codecs]:
+    """A checkpoint that can stream a film, on a device. Raises CheckpointError for any other."""
     model, codecs, extra = load_checkpoint(path, make_codecs)
     if not makes_films(extra):
         raise CheckpointError(f"{path}: before stage 2, or bidirectional; it cannot stream")
+    if device:
+        model.to(device, runs.native_precision(device))
+        codecs.to(device)
     return model, codecs
 
 
@@ -62,10 +65,7 @@ def film_settings(args, cfg: Config) -> dict:
 def make_film(args, make_codecs) -> int:
     """Stream one film into args.out and report the speed. Returns the exit code."""
     began = time.perf_counter()
-    device = runs.find_device(args.device)
-    model, codecs = load_talker(args.checkpoint, make_codecs)
-    model.to(device, runs.native_precision(device))
-    codecs.to(device)
+    model, codecs = load_talker(args.checkpoint, make_codecs, runs.find_device(args.device))
     cfg = model.cfg
     settings, loaded = film_settings(args, cfg), time.perf_counter()
     with delayed_interrupt() as interrupted:  # after which whole chunks are kept

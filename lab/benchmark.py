@@ -94,12 +94,6 @@ def limit_of(function, device: torch.device) -> float:
     return operations_of(function) * seconds / (2 * 2048**3)
 
 
-def load(checkpoint: Path, device: torch.device, make_codecs) -> tuple:
-    """(model, codecs), as sample.py has them."""
-    model, codecs = sample.load_talker(checkpoint, make_codecs)
-    return model.to(device, runs.native_precision(device)), codecs.to(device)
-
-
 @torch.inference_mode()
 def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
     """What a user waits for, once, before a film begins to come."""
@@ -107,7 +101,7 @@ def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
     folder = Path(sample.__file__).parent
     import_s = float(subprocess.check_output([sys.executable, "-c", code], cwd=folder))
     began = clock(device)
-    model, codecs = load(checkpoint, device, make_codecs)
+    model, codecs = sample.load_talker(checkpoint, make_codecs, device)
     load_s = clock(device) - began
     film = stream_film(model, codecs, seconds=10, transcript=TEXT)
     first_chunk_ms = 1000 * seconds_of(lambda: next(film), device)
@@ -117,7 +111,7 @@ def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
 @torch.inference_mode()
 def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps, seconds) -> dict:
     """Stream a film and write its .mp4; then go on beside a new one."""
-    model, codecs = load(checkpoint, device, make_codecs)
+    model, codecs = sample.load_talker(checkpoint, make_codecs, device)
     cfg = model.cfg
     options = {"seconds": 86400, "mode": mode, "steps": steps, "transcript": TEXT}
     list(islice(stream_film(model, codecs, **options), 3))  # to warm up

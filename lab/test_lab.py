@@ -1,10 +1,12 @@
 """What data/ and lab/ claim, on tiny models and synthetic films."""
 
+import argparse
 import http.client
 import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from dataclasses import replace
@@ -437,8 +439,8 @@ def live_server(tmp_path):
     """A server of a tiny model, and ask(path, **fields) -> (status, bytes)."""
     path = tmp_path / "tiny.pt"
     save_checkpoint(path, lively(TINY), make_codecs(TINY), {"stage": "mutual"})
-    words = ["--port", "0", "--checkpoint", str(path), "--device", "cpu"]
-    with live.make_server(words, make_codecs) as server:
+    args = {"port": 0, "character": "ada", "checkpoint": path, "steps": 4, "device": "cpu"}
+    with live.Server(argparse.Namespace(**args), make_codecs) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
 
@@ -455,30 +457,31 @@ def live_server(tmp_path):
         thread.join()
 
 
-def opened(ask, steps=4) -> str:
-    status, name = ask("/open", character="ada", seed=3, steps=steps)
-    assert status == 200
-    return name.decode()
+def begun(ask, name: str, steps=4) -> str:
+    assert ask("/begin", film=name, character="ada", seed=3, steps=steps)[0] == 200
+    return name
 
 
 def read_chunks(ask, film: str, begin: int, end: int) -> tuple[np.ndarray, np.ndarray, list]:
     """Frames and samples of chunks begin to end of a film, and the symbols of the frames."""
-    frames, samples, symbols = [], [], []
+    num_samples = round(TINY.chunk_seconds * TINY.sample_rate)
+    chunk = [("index", "<u4"), ("samples", "<f4", num_samples)]
+    chunk += [
+        ("frames", "u1", (TINY.chunk_frames, 16, 16, 3)),
+        ("symbols", "u1", TINY.chunk_frames),
+    ]
+    chunks = []
     for index in range(begin, end):
         status, content = ask("/chunk", film=film)
         assert status == 200, content
-        size = 4 + int.from_bytes(content[:4], "little")
-        about = json.loads(content[4:size])
-        split = size + 4 * about["samples"]
-        assert about["index"] == index and about["first_frame"] == index * TINY.chunk_frames
-        assert size % 4 == 0 and about["make_seconds"] > 0
-        # Sound comes a hop later than its frames.
-        place = round(index * TINY.chunk_seconds * TINY.sample_rate) - TINY.hop
-        assert about["first_sample"] == place
-        samples.append(np.frombuffer(content[size:split], "<f4"))
-        frames.append(np.frombuffer(content[split:], np.uint8).reshape(-1, 16, 16, 3))
-        symbols += about["symbols"]
-    return np.concatenate(frames), np.concatenate(samples), symbols
+        (content,) = np.frombuffer(content, chunk)
+        assert content["index"] == index
+        chunks.append(content)
+    frames, samples, symbols = (
+        np.concatenate([content[name] for content in chunks])
+        for name in ("frames", "samples", "symbols")
+    )
+    return frames, samples, symbols.tolist()
 
 
 def streamed(server, transcript, **settings) -> tuple[np.ndarray, np.ndarray]:
@@ -490,7 +493,7 @@ def streamed(server, transcript, **settings) -> tuple[np.ndarray, np.ndarray]:
 
 def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
     server, ask = live_server
-    film, other = opened(ask), opened(ask, steps=8)
+    film, other = begun(ask, "a"), begun(ask, "b", steps=8)
     read_chunks(ask, film, 0, 2)
     read = 2 * TINY.chunk_frames + TINY.margin
     assert ask("/say", film=film, text="héy") == (200, str(read).encode())
@@ -500,22 +503,21 @@ def test_a_live_film_is_what_stream_makes_of_the_same_text(live_server):
     whole_frames, whole_samples = streamed(server, expected)
     assert np.array_equal(frames, whole_frames[8:])
     assert np.array_equal(samples, whole_samples[len(whole_samples) - len(samples) :])
+    assert len(whole_samples) == 32 * 64 - TINY.hop  # so that the sound is a hop late
     assert symbols == expected[8:32]
     other_frames, _, _ = read_chunks(ask, other, 0, 1)
     assert not np.array_equal(other_frames, whole_frames[:4])
 
     # From the picture of frame 30, with other settings; text that was not spoken still is.
     assert ask("/say", film=film, text="mama")[0] == 200
-    assert ask("/restart", film=film, frame=30, character="hana", seed=5)[0] == 200
+    settings = {"character": "hana", "seed": 5, "steps": 4}
+    assert ask("/begin", film=film, frame=30, **settings)[0] == 200
     frames, samples, _ = read_chunks(ask, film, 8, 11)
     script = spell("hey you mama")[32 - read :]
-    settings = {"character": "hana", "seed": 5, "first_frame": whole_frames[30]}
-    new_frames, new_samples = streamed(server, script, **settings)
+    new_frames, new_samples = streamed(server, script, first_frame=whole_frames[30], **settings)
     assert np.array_equal(frames, new_frames[:12])
     assert np.array_equal(samples[TINY.hop :], new_samples[: len(samples) - TINY.hop])
     assert not samples[: TINY.hop].any()  # the last sound of the stream before is lost
-    status, line = ask("/restart", film=film, frame=4000)
-    assert status == 400 and b"not kept" in line
 
 
 def test_a_saved_live_film_has_the_frames_and_the_sound_of_its_last_seconds(
@@ -523,8 +525,7 @@ def test_a_saved_live_film_has_the_frames_and_the_sound_of_its_last_seconds(
 ):
     _, ask = live_server
     monkeypatch.setattr(live, "KEPT_SECONDS", 1)
-    film = opened(ask)
-    assert ask("/save", film=film)[0] == 400
+    film = begun(ask, "a")
     frames, samples, _ = read_chunks(ask, film, 0, 8)
     (tmp_path / "film.mp4").write_bytes(ask("/save", film=film)[1])
     clip = decode_clip(tmp_path / "film.mp4", TINY)
@@ -542,66 +543,72 @@ def test_a_saved_live_film_has_the_frames_and_the_sound_of_its_last_seconds(
     assert correlations[0] == max(correlations.values()) > 0.4
 
 
-def test_a_live_server_refuses_in_one_line(live_server, capfd):
+def test_a_live_server_refuses_in_one_line(live_server, monkeypatch, capfd):
+    monkeypatch.setattr(live, "LEFT_SECONDS", 60)
     server, ask = live_server
-    film = opened(ask)
+    film = begun(ask, "a")
     wrong = [
         (404, "/nothing", {}),
-        (404, "/say", {"method": "GET"}),
-        (404, "/chunk", {"film": "1"}),
-        (404, "/chunk", {}),
+        (404, "/act", {"film": film}),
+        (404, "/transcript", {"film": film}),
+        (404, "/nothing", {"method": "GET"}),
+        (400, "/say", {"method": "GET"}),
+        (400, "/chunk", {"film": "1"}),
+        (400, "/chunk", {}),
         (403, "/", {"method": "GET", "headers": {"Host": "example.com"}}),
-        (403, "/open", {"headers": {"Origin": "http://example.com"}}),
+        (403, "/begin", {"headers": {"Origin": "http://example.com"}}),
         (413, "/say", {"film": film, "text": "a" * 4097}),
-        (413, "/say", {"body": "a", "headers": {"Content-Length": "many"}}),
         (400, "/say", {"body": "a"}),
-        (400, "/say", {"body": "[1]"}),
         (400, "/say", {"film": film, "text": "a" * 501}),
         (400, "/say", {"film": film, "text": "123"}),
-        (400, "/restart", {"film": film, "frame": 0}),
-        (400, "/restart", {"film": film, "frame": -1}),
-        (400, "/open", {"steps": 5}),
-        (400, "/open", {"character": "nobody"}),
     ]
     for status, path, request in wrong:
         answer, line = ask(path, **request)
         assert answer == status and b"\n" not in line and len(line) > 10, (path, answer, line)
-    for _ in range(live.MOST_FILMS - 1):
-        opened(ask)
-    status, line = ask("/open")
-    assert status == 503 and b"4 films are playing" in line
-    assert ask("/close", film=film)[0] == 200 and opened(ask)
+    for name in "bcd":
+        begun(ask, name)
+    status, line = ask("/begin", film="e")
+    assert status == 400 and b"4 films are playing" in line
     assert b"bruno" in ask("/", {"Host": "localhost:99"}, "GET")[1]
     assert capfd.readouterr().err == ""
 
     # A maker that fails: the page and stderr are told, and the other films go on.
-    film, other = list(server.films)[:2]
-    server.films[film].waiting.append("bug")
+    server.films[film].symbols.append("bug")
     status, line = ask("/chunk", film=film)
     assert status == 500 and line.startswith(b"TypeError; ")
     assert "Traceback" in capfd.readouterr().err
     status, line = ask("/chunk", film=film)
     assert status == 400 and b"has ended" in line
-    read_chunks(ask, other, 0, 1)
+    read_chunks(ask, "b", 0, 1)
+    for wrong in ({"character": "nobody"}, {"steps": 0}):
+        assert ask("/begin", film=film, **wrong)[0] == 200
+        status, line = ask("/chunk", film=film)
+        assert status == 400 and line.startswith((b"no character", b"steps must be"))
 
 
 def test_a_live_film_that_no_page_asks_for_makes_room(live_server):
     server, ask = live_server
-    films = [opened(ask) for _ in range(live.MOST_FILMS)]
+    films = [begun(ask, name) for name in "abcd"]
     for name in films:
         server.films[name].asked -= live.LEFT_SECONDS + 1
-    read_chunks(ask, films[1], 0, 1)
-    new = opened(ask)
-    assert list(server.films) == [films[1], new]
-    assert ask("/chunk", film=films[0])[0] == 404
+    read_chunks(ask, "b", 0, 1)
+    begun(ask, "e")
+    assert list(server.films) == ["b", "e"]
+    status, line = ask("/chunk", film="a")
+    assert status == 400 and b"has ended" in line
 
 
-def test_a_page_that_stalls_is_no_bug(live_server, monkeypatch, capfd):
-    server, _ = live_server
-    monkeypatch.setattr(live.Handler, "timeout", 0.1)
+def test_a_page_that_leaves_is_no_bug(live_server, capfd):
+    server, ask = live_server
+    film = begun(ask, "a")
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as page:
-        page.sendall(b"POST /say HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
-        assert page.recv(1) == b""
+        body = json.dumps({"film": film}).encode()
+        page.sendall(
+            b"POST /chunk HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(body)
+        )
+        page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        page.sendall(b"\r\n" + body)
+    read_chunks(ask, film, 1, 2)
     assert capfd.readouterr().err == ""
 
 
