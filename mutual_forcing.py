@@ -1,29 +1,27 @@
-"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that
-streams a talking character, picture and sound together, in 4 or 8 denoising steps a chunk.
-Each part uses only what stands above it.
+"""Mutual Forcing (arXiv 2604.25819) in one file: a causal audio-video transformer that streams a
+talking character, picture and sound together, in 4 or 8 denoising steps a chunk. Each part of the
+file uses only what stands above it.
 
-The paper in six sentences. A transformer with a video and an audio branch, joined by one
-self-attention, generates a film chunk by chunk, and keeps what it generated in a KV
-cache. One set of weights serves two modes. The multi-step mode predicts the instantaneous
-velocity of a flow from noise to data, for about 50 small steps; the few-step mode
-predicts the average velocity over an interval, for 4 or 8 large steps. Stage 1 trains
-both branches with no attention between them, and stage 2 couples them, both on real
-history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and the
-multi-step mode learns the real chunk that follows it. A slow copy of the weights, their
+The paper. A transformer with a video and an audio branch, joined by one self-attention, generates
+a film chunk by chunk and keeps what it generated in a KV cache. One set of weights serves two
+modes: the multi-step mode predicts the instantaneous velocity of a flow from noise to data, for
+about 50 small steps; the few-step mode predicts the average velocity over an interval, for 4 or 8
+large steps. Stage 1 trains both branches with no attention between them, and stage 2 couples them,
+both on real history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and
+the multi-step mode learns the real chunk that follows it. A slow copy of the weights, their
 exponential moving average (EMA), then teaches the few-step mode by ShortCut and DMD.
 
-The stages in code, as train.py calls them (stage 0 trains the video codec, data/codecs.py).
-A history is a clean clip as long as x, of which a chunk sees only the chunks before it.
+The stages, as train.py calls them (stage 0 trains the video codec, data/codecs.py). A history is
+a clean clip as long as x, of which a chunk sees only the chunks before it.
 
     # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
     # Stage 3: rollout() makes the history, on which the three objectives follow.
-    losses, logs = mutual_forcing_loss(
-        model, x, controls, teacher=ema, real_score=ema, fake_score=fake_score
-    )
-    # Self-Forcing, for comparison, is stage 3 by DMD alone: weights={"dmd": 1}. Its scores are
-    # bidirectional models, for which a whole clip is one chunk: bidirectional=True.
+    nets = {"teacher": ema, "real_score": ema, "fake_score": fake_score}
+    losses, logs = mutual_forcing_loss(model, x, controls, **nets)
+    # Self-Forcing, for comparison: DMD alone, with scores for which a whole clip is one chunk.
+    losses, logs = mutual_forcing_loss(..., weights={"dmd": 1}, bidirectional=True)
 
 Axes                                        Symbols
   B  films in a batch                         x    clean latents
@@ -34,11 +32,9 @@ Axes                                        Symbols
   E  values of a latent frame: all of         v    velocity; for real clips and d = 0 its
      video, then all of audio                      target is x - noise
 
-The network returns v, and a denoising step is x_{t+d} = x_t + d v. (Inside it, video's
-head predicts clean latents, which read_out() converts to v.) The losses compare
-velocities, except DMD, which compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk
-latent frames. Times and step sizes of a clip are (B, S, 1): video and audio share them.
-Tokens of both branches are (2, B, S, N, D): first video's, then audio's.
+The network returns v, and a denoising step is x_{t+d} = x_t + d v. Losses compare velocities; DMD
+compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk latent frames. Times and step sizes of
+a clip are (B, S, 1): both branches share them. Tokens are (2, B, S, N, D): video's, then audio's.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
   video's head predicts clean latents         noise in v hardly fits through D values
@@ -135,11 +131,10 @@ class Controls(NamedTuple):
 
     def dropped(self, cfg: Config) -> "Controls":
         """The same films with nothing given: the null controls of guidance."""
-        return self._replace(
-            symbols=torch.full_like(self.symbols, cfg.unknown),
-            character=torch.full_like(self.character, len(cfg.characters)),
-            has_first_frame=torch.zeros_like(self.has_first_frame),
-        )
+        symbols = torch.full_like(self.symbols, cfg.unknown)
+        character = torch.full_like(self.character, len(cfg.characters))
+        has_first_frame = torch.zeros_like(self.has_first_frame)
+        return Controls(symbols, character, self.first_frame, has_first_frame)
 
     def variants(self, cfg: Config, guidance: float) -> list["Controls"]:
         """What guidance compares: these controls and, unless it is 1, the null controls."""
@@ -161,11 +156,9 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 
 
 def warp(u: Tensor, shift: float) -> Tensor:
-    """Even progress u in 0..1 -> time t in 0..1, for times of training and for sampling grids.
-
-    Our choice: with a shift above 1 more times are near noise. Values of a film are
-    strongly correlated, so what it shows is decided at small t.
-    """
+    """Even progress u in 0..1 -> time t in 0..1, of training and of sampling grids."""
+    # Our choice: with a shift above 1 more times are near noise. Values of a film are strongly
+    # correlated, so what it shows is decided there.
     return u / (u + shift * (1 - u))
 
 
@@ -209,24 +202,22 @@ class BranchLinear(nn.Module):
         return y.unflatten(1, x.shape[1:-1])
 
 
-def sinusoid(x: Tensor, dim: int = 64) -> Tensor:
-    """Numbers in 0..1 (B, S, 1) -> cosines and sines of dim / 2 frequencies (B, S, dim)."""
-    index = torch.arange(dim // 2, device=x.device, dtype=torch.float32)
-    angles = 1000 * x * 10000 ** (index * -2 / dim)
+def sinusoid(x: Tensor) -> Tensor:
+    """Numbers in 0..1 (B, S, 1) -> cosines and sines of 32 frequencies (B, S, 64)."""
+    index = torch.arange(32, device=x.device, dtype=torch.float32)
+    angles = 1000 * x * 10000 ** (index * -2 / 64)
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 class Conditioning(nn.Module):
-    """Time t, step size d and the character -> a vector for each latent frame.
-
-    Our choice: the layers of d have no biases and read features that are zero at d = 0,
-    so at d = 0 they add nothing and get no gradient. The last of them starts at zero
-    and therefore stays zero until stage 3: until then the two modes are the same.
-    """
+    """Time t, step size d and the character -> a vector for each latent frame."""
 
     def __init__(self, width: int, characters: int):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(64, width), nn.SiLU(), nn.Linear(width, width))
+        # Our choice: the layers of d have no biases and read features that are zero at d = 0, so
+        # there they add nothing and get no gradient. The last one starts at zero and therefore
+        # stays zero until stage 3: until then the two modes are the same.
         layers = nn.Linear(64, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
         self.size = nn.Sequential(*layers)  # of the step size
         self.character = nn.Embedding(characters, width)
@@ -241,14 +232,11 @@ class Conditioning(nn.Module):
 
 
 class TextEmbedding(nn.Module):
-    """The timed transcript -> what is added to the tokens of each latent frame.
-
-    A latent frame sees its own symbols and those of cfg.margin frames on both sides: a
-    mouth moves before its letter sounds.
-    """
+    """The timed transcript -> what is added to the tokens of each latent frame."""
 
     def __init__(self, cfg: Config):
         super().__init__()
+        # A latent frame sees cfg.margin frames on both sides: mouths move before a letter sounds.
         self.cfg, self.visible = cfg, cfg.step_frames + 2 * cfg.margin
         self.embed = nn.Embedding(cfg.symbols + 1, 64)
         self.hidden = nn.Linear(64 * self.visible, cfg.width)
@@ -264,11 +252,10 @@ class TextEmbedding(nn.Module):
 def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of latent frames (S,) -> cosines and sines of their tokens, each (S 2 N, P / 2).
 
-    The 3-D rotary embedding: of the pairs of a head, half rotate with time, in hops of
-    sound, a quarter with the row in the picture and a quarter with the column. A position
-    of -1 has no time: its cosines and sines are zero, and so is that half of a key. Our choice:
-    each frequency of time makes whole rotations in cfg.clock seconds, so that positions
-    stay bounded however long the film is.
+    The 3-D rotary embedding (3.1): of the pairs of a head, half rotate with time, in hops of sound,
+    a quarter with the row in the picture and a quarter with the column. A position of -1 has no
+    time: its cosines and sines are zero, and so is that half of a key. Our choice: each frequency
+    of time makes whole rotations in cfg.clock seconds, so positions stay bounded in any film.
     """
     period = cfg.clock * cfg.fps * cfg.tokens // cfg.step_frames  # in hops
     pairs = cfg.width // cfg.heads // 4
@@ -317,21 +304,16 @@ class Block(nn.Module):
         self.out = BranchLinear(cfg.width, cfg.width)
         self.up = BranchLinear(cfg.width, 4 * cfg.width)
         self.down = BranchLinear(4 * cfg.width, cfg.width)
-        # What this block adds to the modulation, which all blocks share.
-        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))
+        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))  # of the modulation
 
     def forward(self, x: Tensor, modulation: Tensor, phases, attend) -> Tensor:
-        """Tokens (2, B, S, N, D) -> tokens after this block.
-
-        modulation (B, S, 1, 6 D). attend(q, k, v), each (B, H, S 2 N, P), decides who
-        sees whom, and returns what each token saw, of the same size.
-        """
-        six = (modulation + self.offset).chunk(6, -1)  # each (2, B, S, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = six
+        """Tokens x (2, B, S, N, D) and modulation (B, S, 1, 6 D) -> tokens after this block."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.offset).chunk(6, -1)
         qkv = self.qkv(normalise(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
         # (2, B, S, N, 3, H, P) -> (3, B, H, S 2 N, P)
         qkv = qkv.permute(4, 1, 5, 2, 0, 3, 6).flatten(3, 5)
         q, k = rotate(F.layer_norm(qkv[:2], qkv.shape[-1:]), phases)  # QK-norm
+        # attend() decides who sees whom, and returns what each token saw, of q's shape.
         seen = attend(q, k, qkv[2]).unflatten(2, (-1, 2, x.shape[3]))
         # (B, H, S, 2, N, P) -> (2, B, S, N, H P)
         seen = seen.permute(3, 0, 2, 4, 1, 5).flatten(-2)
@@ -339,9 +321,10 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(normalise(x, shift2, scale2)))))
 
 
-class ParallelAttention:
-    """Who attends to whom in the parallel form. A row attends to the columns marked x;
-    rows and columns are chunks (here the window is 1), or the reference:
+def attention_mask(cfg: Config, positions: Tensor, s: int, chunk: int, coupled: bool) -> Tensor:
+    """Who attends to whom in the parallel form: bool (tokens of rows, tokens of columns).
+
+    A row attends to the columns marked x. Both are chunks (here the window is 1), or the reference:
 
                     columns:  sink  reference  history   noised
                                                0 1 2     0 1 2
@@ -353,54 +336,36 @@ class ParallelAttention:
                noised 1        x      x        x           x
                noised 2        x      x          x           x
 
-    The history is clean: t = 1 and d = 0. The reference is a latent frame that holds
-    the first frame of the film. The sink is chunk 0 of the history once more: it keeps
-    the character's look and voice in view when chunk 0 has left the window. The time
-    half of the keys of sink and reference is zero, so a long film has no distance in
-    time that training never saw.
+    The history is clean: t = 1 and d = 0. The reference is a latent frame that holds the first
+    frame of the film. The sink is chunk 0 of the history once more: it keeps the character's look
+    and voice in view when chunk 0 has left the window. The keys of sink and reference have no
+    time, so a long film has no distance in time that training never saw.
+
+    positions: of the rows' latent frames, -1 for the reference; the last s of them are noised.
+    chunk: latent frames of one. coupled: whether branches see each other.
     """
-
-    def __init__(self, cfg: Config, length: int, chunk: int, has_history: bool, coupled: bool):
-        """length: S; chunk: its latent frames; coupled: whether branches see each other."""
-        per_frame, sink_length = 2 * cfg.tokens, chunk * has_history
-        self.sink = slice(per_frame, per_frame + per_frame * sink_length)  # tokens of chunk 0
-
-        chunk_of = torch.arange(length) // chunk
-        age = chunk_of[:, None] - chunk_of  # the row's chunk minus the column's
-        own, past = age == 0, (age > 0) & (age <= cfg.window)
-        never, always = torch.zeros_like(own), own.new_ones(length, 1)
-        sink = (chunk_of > 0)[:, None].expand(length, sink_length)
-        rows = [[sink, always, own]]
-        if has_history:
-            rows = [[sink, always, past | own, never], [sink, always, past, own]]
-        mask = torch.cat([torch.cat(row, 1) for row in rows])
-        mask = F.pad(mask, (0, 0, 1, 0))  # of latent frames
-        mask[0, sink_length] = True  # the reference sees itself alone
-
-        branch = torch.arange(2).repeat_interleave(cfg.tokens)
-        branch_mask = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
-        self.mask = torch.kron(mask.byte(), branch_mask.byte()).bool()  # of tokens
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v (B, H, tokens, P) of [reference | history | noised] -> what each token saw."""
-        k = torch.cat([without_time(k[:, :, self.sink]), k], 2)
-        v = torch.cat([v[:, :, self.sink], v], 2)
-        self.mask = self.mask.to(q.device)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+    is_noised = torch.arange(len(positions)) >= len(positions) - s
+    sink_length = chunk if len(positions) > 1 + s else 0  # without history, no sink
+    number = positions // chunk  # of a row's or column's chunk; the reference's is -1
+    age = number[:, None] - number  # the row's chunk minus the column's
+    own = (age == 0) & (is_noised[:, None] == is_noised)
+    past = (age > 0) & (age <= cfg.window) & ~is_noised
+    sink = (number > 0)[:, None].expand(-1, sink_length)
+    mask = torch.cat([sink, own | past | (number < 0)], 1)  # of latent frames
+    branch = torch.arange(2).repeat_interleave(cfg.tokens)
+    branch_mask = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
+    return torch.kron(mask.byte(), branch_mask.byte()).bool()
 
 
 class KVCache:
-    """Keys and values of finished chunks: the streaming context buffer (section 3.1).
+    """Keys and values of finished chunks: the streaming context buffer (section 3.1)."""
 
-    Each layer keeps those of [reference, sink, the last cfg.window chunks]. An
-    evaluation sees them and the current chunk. Keys are stored rotated,
-    because attention sees times only through their differences.
-    """
-
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, video_0: Tensor):
         self.count, self.window = 0, cfg.window  # chunks committed; how many are kept
-        self.kept = [[] for _ in range(cfg.layers)]  # of (k, v), each (B, H, S 2 N, P)
-        self.video_0 = None  # (B, 1, N, video_dim), see read_out()
+        # Each layer's [reference, sink, last cfg.window chunks], as pairs k, v (B, H, S 2 N, P).
+        # Keys are kept rotated, because attention sees times only through their differences.
+        self.kept = [[] for _ in range(cfg.layers)]
+        self.video_0 = video_0  # (B, 1, N, video_dim), see read_out()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = zip(*self.kept[layer], (k, v))
@@ -412,16 +377,12 @@ class KVCache:
         if len(kept) == 1:  # chunk 0 becomes the sink, too
             kept.append((without_time(k), v))
         kept.append((k, v))
-        del kept[2 : max(2, len(kept) - self.window)]
+        del kept[2 : -self.window]
         return seen
 
 
 class AudioVideoTransformer(nn.Module):
-    """Two branches and one joint self-attention: noised latents in, velocities out.
-
-    forward() is the parallel form, for training. start(), step() and commit() are the
-    streaming form, with a KVCache. Both give the same v, which the tests check.
-    """
+    """Two branches and one joint self-attention: noised latents in, velocities out."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -434,8 +395,7 @@ class AudioVideoTransformer(nn.Module):
         # Tokens of the reference: video's if no first frame is given, audio's always.
         self.no_reference = nn.Parameter(0.02 * torch.randn(branch_shape))
         self.conditioning = Conditioning(width, len(cfg.characters) + 1)
-        # Shared by blocks and branches (our choice).
-        self.modulation = nn.Linear(width, 6 * width)
+        self.modulation = nn.Linear(width, 6 * width)  # of all blocks and branches (our choice)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.layers)])
         self.head_modulation = nn.Linear(width, 2 * width)
         self.head = nn.ModuleList([nn.Linear(width, 2 * size) for size in sizes])
@@ -449,19 +409,16 @@ class AudioVideoTransformer(nn.Module):
         return self.place.device
 
     def embed_latents(self, x_t, t, d, text, character) -> tuple[Tensor, Tensor]:
-        """x_t (B, S, E), t, d (B, S, 1) -> tokens (2, B, S, N, D), conditioning (B, S, 1, D).
+        """Latents x_t (B, S, E) -> tokens (2, B, S, N, D) and their conditioning (B, S, 1, D).
 
-        text (2, B, S, N, D): the transcript, embedded; character (B,).
+        t, d (B, S, 1); text (2, B, S, N, D): the transcript, embedded; character (B,).
         """
         parts = split(self.cfg, x_t.to(self.place))
         x = torch.stack([embed(part) for embed, part in zip(self.embed, parts)])
         return x + text + self.place, self.conditioning(t, d, character)
 
     def reference(self, controls: Controls) -> tuple[Tensor, Tensor]:
-        """The first frame, or what stands in for it, as one latent frame; like embed_latents().
-
-        It has no transcript and no position in the film, and its audio tokens are learned.
-        """
+        """The first frame, or learned tokens in its place, as a latent frame without transcript."""
         absent = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
         picture = self.embed[0](controls.first_frame.to(self.place))
         video = torch.where(controls.has_first_frame[:, None, None, None], picture, absent[0])
@@ -469,84 +426,79 @@ class AudioVideoTransformer(nn.Module):
         conditioning = self.conditioning(t, 0 * t, controls.character)
         return torch.stack([video, absent[1].to(video)]) + self.place, conditioning
 
-    def run_blocks(self, x: Tensor, conditioning: Tensor, positions: Tensor, attend) -> Tensor:
-        """Pass tokens (2, B, S, N, D) through all blocks. attend(layer, q, k, v), see Block."""
+    def run_blocks(self, parts: list, positions: Tensor, attend) -> tuple[Tensor, Tensor]:
+        """Join parts, pairs of tokens and conditioning, along S -> one pair, after all blocks."""
+        x = torch.cat([tokens for tokens, _ in parts], 2)
+        conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
         modulation = self.modulation(conditioning)
         phases = [table.to(x.device) for table in rotary_phases(self.cfg, positions)]
         for layer, block in enumerate(self.blocks):
             x = block(x, modulation, phases, functools.partial(attend, layer))
-        return x
+        return x, conditioning
 
     def read_out(self, x, conditioning, x_t, t, controls, video_0) -> Tensor:
-        """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t.
-
-        video_0 (B, S or 1, N, video_dim): the first latent frame of chunk 0, and zero
-        while chunk 0 itself is generated. Our choices: video's head predicts clean latents,
-        as an offset and, for each value, a factor of the film's first picture (the first
-        frame, if given, else video_0), which copies what stands still. Sound is noise in
-        part (a hiss): its head predicts v, as an offset and, for each value, a factor of
-        x_t, as a Wiener filter does.
-        """
+        """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t."""
+        # video_0 (B, S or 1, N, video_dim): chunk 0's first latent frame; zero for chunk 0 itself.
         given = controls.has_first_frame[:, None, None, None]
         first_picture = torch.where(given, controls.first_frame.to(video_0), video_0)
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video_t, audio_t = split(self.cfg, x_t)
+        # Our choice: video's head predicts clean latents, as an offset and, for each value, a
+        # factor of the film's first picture, which copies what stands still.
         offset, factor = self.head[0](x[0]).float().chunk(2, -1)
         remaining = (1 - t)[..., None].clamp(min=0.05)  # near data, errors would be enlarged
         v_video = (offset + factor * first_picture - video_t) / remaining
+        # Our choice: sound is noise in part (a hiss), so its head predicts v, as an offset and,
+        # for each value, a factor of x_t, as a Wiener filter does.
         offset, factor = self.head[1](x[1]).float().chunk(2, -1)
         return join(v_video, offset + factor * audio_t)
 
-    def forward(self, x_t, t, d, controls, history=None, chunk=None, coupled=True) -> Tensor:
-        """Parallel form: every chunk of a clip at once, each given the history before it.
+    def forward(self, x_t, t, d, controls, history=None, coupled=True) -> Tensor:
+        """Parallel form: v of all chunks of a clip, each on the history before it, as in step().
 
-        x_t (B, S, E) noised latents; t, d (B or 1, S or 1, 1), the same within a chunk;
-        history (B, S, E) clean latents, or None if a chunk sees only the reference and
-        itself. chunk: its length in latent frames (default cfg.chunk; S makes a
-        bidirectional model). coupled: False in stage 1, where the branches do not see
-        each other; they still share conditioning, modulation and transcript. Returns v
-        (B, S, E).
+        x_t, v (B, S, E); t, d (B or 1, S or 1, 1), the same within a chunk. history (B, S, E):
+        clean latents; None makes a bidirectional model, for which the whole clip is one chunk.
+        coupled: False in stage 1, where branches share only conditioning, modulation, transcript.
         """
-        b, s = x_t.shape[:2]
-        chunk = chunk or self.cfg.chunk
+        cfg, (b, s, _) = self.cfg, x_t.shape
+        chunk = s if history is None else cfg.chunk
         assert s % chunk == 0, f"{s} latent frames are not a whole number of chunks of {chunk}"
         t, d = t.expand(b, s, 1), d.expand(b, s, 1)
         text, character = self.text(controls.symbols), controls.character
         parts = [self.reference(controls)]
-        video_0 = x_t.new_zeros(b, s, self.cfg.tokens, self.cfg.video_dim)
+        video_0 = x_t.new_zeros(b, s, cfg.tokens, cfg.video_dim)
         if history is not None:
             parts.append(self.embed_latents(history, 0 * t + 1, 0 * d, text, character))
-            video_0[:, chunk:] = split(self.cfg, history)[0][:, :1]
+            video_0[:, chunk:] = split(cfg, history)[0][:, :1]
         parts.append(self.embed_latents(x_t, t, d, text, character))
-        x = torch.cat([tokens for tokens, _ in parts], 2)
-        conditioning = torch.cat([conditioning for _, conditioning in parts], 1)
         positions = F.pad(torch.arange(s).repeat(len(parts) - 1), (1, 0), value=-1)
-        attend = ParallelAttention(self.cfg, s, chunk, history is not None, coupled)
-        x = self.run_blocks(x, conditioning, positions, attend)
+        mask = attention_mask(cfg, positions, s, chunk, coupled).to(x_t.device)
+        sink_tokens = mask.shape[1] - mask.shape[0]  # columns are the sink and then all rows
+
+        def attend(layer, q, k, v):
+            sink = slice(2 * cfg.tokens, 2 * cfg.tokens + sink_tokens)  # after the reference
+            k = torch.cat([without_time(k[:, :, sink]), k], 2)
+            v = torch.cat([v[:, :, sink], v], 2)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+        x, conditioning = self.run_blocks(parts, positions, attend)
         return self.read_out(x[:, :, -s:], conditioning[:, -s:], x_t, t, controls, video_0)
 
-    @torch.no_grad()
     def start(self, controls: Controls) -> KVCache:
-        """A cache that holds the reference, and no chunk yet."""
-        cache = KVCache(self.cfg)
-        self.run_blocks(*self.reference(controls), torch.tensor([-1]), cache.commit)
-        cache.video_0 = torch.zeros_like(controls.first_frame)
+        """Streaming form: a cache that holds the reference, and no chunk yet."""
+        cache = KVCache(self.cfg, torch.zeros_like(controls.first_frame))
+        self.run_blocks([self.reference(controls)], torch.tensor([-1]), cache.commit)
         return cache
 
-    @torch.no_grad()
     def step(self, x_t, t, d, controls: Controls, cache: KVCache) -> Tensor:
-        """One evaluation of the chunk that follows those in the cache, which is only read.
-
-        x_t (B, S, E), t and d (B or 1, 1, 1), controls of this chunk -> v (B, S, E).
-        """
+        """v (B, S, E) of the next chunk x_t, for t, d (B or 1, 1, 1). The cache is only read."""
         x, conditioning = self.pass_chunk(x_t, t, d, controls, cache, cache.attend)
         return self.read_out(x, conditioning, x_t, t, controls, cache.video_0)
 
-    @torch.no_grad()
     def commit(self, x: Tensor, controls: Controls, cache: KVCache) -> None:
         """Write the finished chunk x to the cache: its keys and values at t = 1 and d = 0."""
         t = torch.ones(1, 1, 1, device=x.device)
-        self.pass_chunk(x, t, torch.zeros_like(t), controls, cache, cache.commit)
+        self.pass_chunk(x, t, 0 * t, controls, cache, cache.commit)
         if cache.count == 0:
             cache.video_0 = split(self.cfg, x)[0][:, :1]
         cache.count += 1
@@ -554,20 +506,19 @@ class AudioVideoTransformer(nn.Module):
     def pass_chunk(self, x_t, t, d, controls, cache, attend) -> tuple[Tensor, Tensor]:
         """The chunk after those in the cache -> its tokens after all blocks, its conditioning."""
         b, s = x_t.shape[:2]
-        positions = cache.count * self.cfg.chunk + torch.arange(s)
         text, t, d = self.text(controls.symbols), t.expand(b, 1, 1), d.expand(b, 1, 1)
-        x, conditioning = self.embed_latents(x_t, t, d, text, controls.character)
-        return self.run_blocks(x, conditioning, positions, attend), conditioning
+        part = self.embed_latents(x_t, t, d, text, controls.character)
+        return self.run_blocks([part], cache.count * self.cfg.chunk + torch.arange(s), attend)
 
 
 # ---- The denoising loop and the streaming sampler ------------------------------------
 
 
-def denoise(velocity, x_t: Tensor, times: Tensor, few: bool = True) -> list[Tensor]:
+def denoise(velocity, x_t: Tensor, times, few=True) -> list[Tensor]:
     """The one denoising loop: from x_t at times[0] to times[-1]. Returns the state at every time.
 
-    velocity(x_t, t, d) -> v is told the step size, or 0 in multi-step mode (few False);
-    times (K + 1, 1, 1, 1).
+    velocity(x_t, t, d) -> v is told the step size d, or 0 in multi-step mode, where few is False.
+    A time, and few if it is a tensor of 0 and 1, broadcasts to x_t (B, S, E).
     """
     states = [x_t]
     for t, end in pairwise(times):
@@ -580,8 +531,7 @@ def denoise(velocity, x_t: Tensor, times: Tensor, few: bool = True) -> list[Tens
 def guided(network, x_t, t, d, variants, guidance) -> Tensor:
     """v under classifier-free guidance, which is a number or (B, S, 1).
 
-    network: a model or its step(). variants: tuples of its arguments after d; the first has
-    the controls, a second one the null controls, see Controls.variants().
+    variants: what network, a model or its step(), takes after d; see Controls.variants().
     """
     v, *null = [network(x_t, t, d, *variant) for variant in variants]
     return torch.lerp(null[0], v, guidance) if null else v
@@ -591,15 +541,13 @@ def guided(network, x_t, t, d, variants, guidance) -> Tensor:
 def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, clip=None):
     """Generate films through the cache; yields the states of each chunk (see denoise()).
 
-    controls: an iterable of the Controls of each chunk (data/controls.py makes them from
-    text), read when the chunk is due: a transcript may come while the film runs. times
-    (K + 1, 1, 1, 1). few: see denoise(). guidance: 1 is none. clip: for training, real
-    latents (B, S, E), whose first chunk is taken as it is. If times[0] is above 0, each
-    later chunk is begun from its real chunk, noised to that time.
+    controls: an iterable of the Controls of each chunk (data/controls.py makes them from text),
+    read when the chunk is due: a transcript may come while the film runs. times (K + 1, 1, 1, 1).
+    clip: for training, real latents (B, S, E), whose first chunk is taken as it is; if times[0] is
+    above 0, each later chunk is begun from the real one, noised to that time.
     """
     cfg, times, caches = model.cfg, times.to(model.device), None
     real_chunks = clip.split(cfg.chunk, 1) if clip is not None else ()
-    device = generator.device if generator else model.device
     for index, given in enumerate(controls):
         variants = given.variants(cfg, guidance)
         caches = caches or [model.start(variant) for variant in variants]
@@ -607,10 +555,9 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
         if real_chunks and index == 0:
             states = [real_chunks[0]] * len(times)  # real at every time; DMD leaves it out
         else:
-            # A CPU generator's noise is the same on every device.
+            # Noise that the CPU draws is the same on every device.
             shape = len(given.character), cfg.chunk, cfg.latent_values
-            noise = torch.randn(shape, generator=generator, dtype=times.dtype, device=device)
-            x_t = noise.to(model.device)
+            x_t = torch.randn(shape, generator=generator, dtype=times.dtype).to(model.device)
             if real_chunks:
                 x_t = add_noise(real_chunks[index], x_t, times[0])
             velocity = functools.partial(guided, model.step, variants=variants, guidance=guidance)
@@ -625,10 +572,9 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
 def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance=1.0, seed=0):
     """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    codecs: see Codecs in data/codecs.py. controls: see generate(); for at least so many
-    seconds. mode: "few", which learned 4 and 8 steps, or "multi"; steps: DEFAULT_STEPS[mode]
-    unless given. guidance: 1 is none. Sound comes a little later than its frames; the last
-    chunk brings the rest.
+    codecs: see Codecs in data/codecs.py. controls: see generate(); for at least so many seconds.
+    mode: "few", which learned 4 and 8 steps, or "multi"; steps: DEFAULT_STEPS[mode] unless given.
+    Sound comes a little later than its frames; the last chunk brings the rest.
     """
     cfg = model.cfg
     if mode not in DEFAULT_STEPS:
@@ -654,14 +600,12 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
 
 
 # ---- The objectives ------------------------------------------------------------------
-# An objective returns (loss, logs); dmd_loss() returns two losses. data/batches.py drops controls
-# at random, for classifier-free guidance and for films without transcript.
+# Each returns (loss, logs). data/batches.py drops controls at random, for classifier-free guidance
+# and for films without transcript.
 
 
-def mean_square(term: str, cfg: Config, error: Tensor, generated=None) -> tuple[Tensor, dict]:
-    """Errors (B, S, E) -> the branches' mean squares, added; logs. generated: bool (S,)."""
-    if generated is not None:
-        error = error[:, generated]
+def mean_square(term: str, cfg: Config, error: Tensor) -> tuple[Tensor, dict]:
+    """Errors (B, S, E) -> the branches' mean squares, added; logs."""
     video, audio = [part.square().mean() for part in split(cfg, error)]
     return video + audio, {f"{term}_video": video.item(), f"{term}_audio": audio.item()}
 
@@ -675,29 +619,25 @@ def mean_size(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     return join(*sizes).clamp(min=1e-6)
 
 
-def flow_matching_loss(
-    model, x, history, controls, *, generated=None, chunk=None, coupled=True, term="flow"
-):
-    """The multi-step mode learns the chunks of x (B, S, E), each at its own time, given a history.
+def flow_matching_loss(model, x, history, controls, *, coupled=True, real=0, term="flow"):
+    """The multi-step mode learns the chunks of x (B, S, E), each at its own time (section 3.2).
 
-    Section 3.2; in stage 3 the history is self-made. As term "fake" it trains DMD's fake
-    score, over the latent frames (bool (S,)) that were generated. history, chunk,
-    coupled: see AudioVideoTransformer.forward().
+    history, coupled: see AudioVideoTransformer.forward(). DMD's fake score learns by this loss,
+    too, from films whose first `real` latent frames are left out.
     """
     cfg = model.cfg
-    t = draw_times(cfg, x, chunk or cfg.chunk)
+    t = draw_times(cfg, x, x.shape[1] if history is None else cfg.chunk)
     noise = torch.randn_like(x)
-    v = model(add_noise(x, noise, t), t, torch.zeros_like(t), controls, history, chunk, coupled)
-    return mean_square(term, cfg, v - (x - noise), generated)
+    v = model(add_noise(x, noise, t), t, 0 * t, controls, history, coupled)
+    return mean_square(term, cfg, (v - (x - noise))[:, real:])
 
 
 def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
     """A large step of the few-step mode learns the mean velocity of its two halves (ShortCut, 3.3).
 
-    x, history (B, S, E). The large steps are those of the sampler's grids of 4 and 8
-    steps (our choice: longer steps damage both modes). The halves of a step of the grid of
-    4 are taken by the teacher's few-step mode, which knows the grid of 8; those of a step
-    of the grid of 8 by its multi-step mode.
+    x, history (B, S, E). Large steps are those of the grids of 4 and 8 (our choice: longer ones
+    damage both modes). The halves of a step in the grid of 4 are taken by the teacher's few-step
+    mode, which knows the grid of 8; those of a step in the grid of 8 by its multi-step mode.
     """
     cfg = model.cfg
 
@@ -708,90 +648,68 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
     t, middle, end = [each_latent_frame(corner, cfg.chunk).to(x) for corner in corners]
     by_few = each_latent_frame(steps == 4, cfg.chunk).to(x)  # 1 where the few-step mode teaches
 
-    # 2. Without gradient, the teacher takes the two half steps. Only its multi-step
-    #    mode is guided: from it the few-step mode learns the guidance.
+    # 2. Without gradient, the teacher takes the two half steps. Only its multi-step mode is
+    #    guided: from it the few-step mode learns the guidance.
     scale = torch.where(by_few == 1, 1.0, guidance)
     variants = [(given, history) for given in controls.variants(cfg, guidance)]
+    velocity = functools.partial(guided, teacher, variants=variants, guidance=scale)
     x_t = add_noise(x, torch.randn_like(x), t)
     with torch.no_grad():
-        x_next = x_t
-        for start, stop in ((t, middle), (middle, end)):
-            d = stop - start
-            x_next = x_next + d * guided(teacher, x_next, start, by_few * d, variants, scale)
+        *_, x_end = denoise(velocity, x_t, (t, middle, end), by_few)
 
     # 3. The velocity with which one step from x_t lands there.
-    target = (x_next - x_t) / (end - t)
+    target = (x_end - x_t) / (end - t)
     error = model(x_t, t, end - t, controls, history) - target
     return mean_square("shortcut", cfg, error)
 
 
-class Rollout(NamedTuple):
-    """The few-step mode's own films, see rollout()."""
-
-    times: Tensor  # (K + 1, 1, 1, 1)
-    states: list[Tensor]  # the films at each time, each (B, S, E)
-    generated: Tensor  # (S,) bool: the latent frames that were generated; others are real
-
-
 @torch.no_grad()
-def rollout(model, x, controls, times, self_made=True) -> Rollout:
-    """The few-step mode's own films of the clips x (B, S, E), without gradient.
+def rollout(model, x, controls, times, self_made=True) -> list[Tensor]:
+    """The few-step mode's films of the clips x (B, S, E): their states (B, S, E) at all times.
 
-    self_made: after one real chunk it continues its own films from noise (from noised real
-    chunks if times[0] is above 0), through the streaming cache. False (teacher forcing): every chunk follows the real ones.
+    self_made: after a real chunk it continues its own films, through the cache, from noise (from
+    noised real chunks if times[0] is above 0). Else (teacher forcing) each chunk follows real ones.
     """
-    cfg = model.cfg
     if self_made:
-        films = generate(model, controls.chunks(cfg), times, clip=x)
-        states = [torch.cat(chunks, 1) for chunks in zip(*films)]
-    else:
-        velocity = functools.partial(model, controls=controls, history=x)
-        states = denoise(velocity, add_noise(x, torch.randn_like(x), times[0]), times)
-    generated = torch.arange(x.shape[1], device=x.device) >= cfg.chunk * self_made
-    return Rollout(times, states, generated)
+        films = generate(model, controls.chunks(model.cfg), times, clip=x)
+        return [torch.cat(chunks, 1) for chunks in zip(*films)]
+    velocity = functools.partial(model, controls=controls, history=x)
+    return denoise(velocity, add_noise(x, torch.randn_like(x), times[0]), times)
 
 
-def dmd_loss(
-    model, films, history, controls, real_score, fake_score, guidance=1.0, bidirectional=False
-) -> tuple[Tensor, Tensor, dict]:
-    """Move the few-step mode's films (a Rollout) toward the real score, away from their own (DMD).
-
-    Section 3.3. history (B, S, E): what the films were generated on. bidirectional: the
-    scores see whole films at once, as a single chunk without history (Self-Forcing).
-    Returns the loss, the fake score's loss on these films, and logs.
-    """
-    cfg = model.cfg
-    times, states, generated = films
-    score_history, chunk = (None, history.shape[1]) if bidirectional else (history, cfg.chunk)
-
-    # 1. Take one denoising step k of all chunks again, in parallel and with gradient
-    #    (our choice). `film` has the value of the sampler's last state; its gradient is
-    #    that of step k, d_k v. All other steps and the history's latents are
-    #    constants.
+def retake_step(model, times, states, history, controls) -> Tensor:
+    """The films of rollout(), states[-1] (B, S, E), with the gradient of one denoising step."""
+    # Our choice: a random step, k, is taken again by all chunks in parallel. The gradient is that
+    # of d_k v; all other steps and the history are constants.
     k = int(torch.randint(len(times) - 1, ()))
     d_k = times[k + 1] - times[k]
     v = model(states[k], times[k], d_k, controls, history)
-    film = states[-1] + d_k * (v - v.detach())
+    return states[-1] + d_k * (v - v.detach())
 
-    # 2. Noise the film again, and let both scores predict the clean film. The gradient
-    #    of DMD is x_fake - x_real, divided by the mean distance of the film from x_real
-    #    in each chunk and branch, so that all of them weigh alike at any t. Half the
-    #    squared distance to `target` has this gradient.
+
+def dmd_loss(film, history, controls, real_score, fake_score, real=0, guidance=1.0):
+    """Move films (B, S, E) toward the real score and away from the fake score (DMD, section 3.3).
+
+    Their first `real` latent frames, which are real, are left out. history: what both scores see;
+    None if they are bidirectional (Self-Forcing). guidance: of the real score.
+    """
+    cfg = real_score.cfg
+    chunk = film.shape[1] if history is None else cfg.chunk
+
+    # Noise the film again, and let both scores predict the clean film. The gradient of DMD is
+    # x_fake - x_real, divided by the mean distance of the film from x_real in each chunk and
+    # branch, so that all of them weigh alike at any t. Half the squared distance to `target`
+    # has this gradient.
     with torch.no_grad():
         t = draw_times(cfg, film, chunk)
         x_t = add_noise(film, torch.randn_like(film), t)
-        zero = torch.zeros_like(t)
-        variants = [(given, score_history, chunk) for given in controls.variants(cfg, guidance)]
-        v_real = guided(real_score, x_t, t, zero, variants, guidance)
-        v_fake = fake_score(x_t, t, zero, controls, score_history, chunk)
+        variants = [(given, history) for given in controls.variants(cfg, guidance)]
+        v_real = guided(real_score, x_t, t, 0 * t, variants, guidance)
+        v_fake = fake_score(x_t, t, 0 * t, controls, history)
         x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
         target = film - (x_fake - x_real) / mean_size(cfg, film - x_real, chunk)
-    loss, logs = mean_square("dmd", cfg, film - target, generated)
-
-    # 3. The fake score learns these films.
-    options = {"generated": generated, "chunk": chunk, "term": "fake"}
-    fake_loss, new = flow_matching_loss(fake_score, states[-1], score_history, controls, **options)
-    return 0.5 * loss, fake_loss, logs | new
+    loss, logs = mean_square("dmd", cfg, (film - target)[:, real:])
+    return 0.5 * loss, logs
 
 
 def mutual_forcing_loss(
@@ -802,19 +720,15 @@ def mutual_forcing_loss(
     teacher,  # the model's EMA copy, whose two modes teach ShortCut
     real_score,  # DMD's score of real films: the EMA copy or a bidirectional model
     fake_score,  # another model of that kind, which learns the few-step mode's films
-    weights=WEIGHTS,  # {term: weight}, see below
+    weights=WEIGHTS,  # {term: weight}; a term left out has weight 0, or 1 if it is of extra
     extra=None,  # of a fork: {term: objective(model, x, history, controls) -> (loss, logs)}
     steps=4,  # denoising steps of a chunk in the rollout
     guidance=1.0,  # in the few-step mode's targets; 1 is none
     self_made=True,  # see rollout()
-    late=False,  # the rollout begins at the second time of the grid, see generate()
-    bidirectional=False,  # see dmd_loss()
+    start=0,  # index of the grid's time at which the rollout begins, see rollout()
+    bidirectional=False,  # the scores see a whole clip as one chunk (Self-Forcing)
 ) -> tuple[dict, dict]:
-    """One training step of stage 3 (section 3.3): ({term: weighted loss}, logs).
-
-    A term of WEIGHTS that is not in weights has weight 0, a term of extra weight 1. A term
-    of weight 0 is not computed.
-    """
+    """One training step of stage 3 (section 3.3): ({term: weighted loss}, logs)."""
     cfg, extra = model.cfg, extra or {}
     if unknown := weights.keys() - WEIGHTS.keys() - extra.keys():
         raise UserError(f"weights of unknown terms: {', '.join(sorted(unknown))}")
@@ -824,27 +738,28 @@ def mutual_forcing_loss(
     losses, logs = {}, {}
 
     # 1. The few-step mode generates the history, without gradient.
-    history = x
     if self_made or weights["dmd"]:
-        times = time_grid(cfg, steps).to(x)
-        films = rollout(model, x, controls, times[1:] if late else times, self_made)
-        history = films.states[-1] if self_made else x
+        times = time_grid(cfg, steps)[start:].to(x)
+        states = rollout(model, x, controls, times, self_made)
+    history, real = (states[-1], cfg.chunk) if self_made else (x, 0)
 
     # 2. The multi-step mode learns the real chunk, given that history.
     # 3. The EMA copy teaches the few-step mode to take large steps.
     shortcut = functools.partial(shortcut_loss, teacher=teacher, guidance=guidance)
     objectives = {"flow": flow_matching_loss, "shortcut": shortcut} | extra
     for term, objective in objectives.items():
-        if weights[term]:
+        if weights[term]:  # else it is not computed
             loss, new = objective(model, x, history, controls)
             losses[term] = weights[term] * loss
             logs |= new
 
-    # 4. The few-step mode's films move toward the real score; the fake score follows them.
+    # 4. The few-step mode's films move toward the real score, and the fake score learns them.
     if weights["dmd"]:
-        loss, fake_loss, new = dmd_loss(
-            model, films, history, controls, real_score, fake_score, guidance, bidirectional
-        )
-        losses |= {"dmd": weights["dmd"] * loss, "fake": fake_loss}
-        logs |= new
+        seen = None if bidirectional else history
+        film = retake_step(model, times, states, history, controls)
+        loss, new = dmd_loss(film, seen, controls, real_score, fake_score, real, guidance)
+        losses["dmd"] = weights["dmd"] * loss
+        fake = {"real": real, "term": "fake"}
+        losses["fake"], newer = flow_matching_loss(fake_score, states[-1], seen, controls, **fake)
+        logs |= new | newer
     return losses, logs

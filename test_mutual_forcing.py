@@ -168,9 +168,10 @@ def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
 
 def test_the_mask_is_the_picture_in_its_docstring():
     cfg, tokens = replace(TINY, window=1), 2 * TINY.tokens  # of a latent frame
-    mask = mf.ParallelAttention(cfg, 6, chunk=2, has_history=True, coupled=True).mask  # 3 chunks
+    reference, frames = torch.tensor([-1]), torch.arange(6)  # positions; 3 chunks
+    mask = mf.attention_mask(cfg, torch.cat([reference, frames, frames]), 6, chunk=2, coupled=True)
     rows = r"(?m)^ +(?:rows:)? +(?:reference|history \d|noised \d) .*x.*"
-    lines = re.findall(rows, mf.ParallelAttention.__doc__)
+    lines = re.findall(rows, mf.attention_mask.__doc__)
     places = sorted({match.start() for line in lines for match in re.finditer("x", line)})
     picture = torch.tensor([[line[place : place + 1] == "x" for place in places] for line in lines])
     assert picture.shape == (7, 8) and picture[0].tolist() == [False, True] + 6 * [False]
@@ -178,7 +179,7 @@ def test_the_mask_is_the_picture_in_its_docstring():
     row = torch.cat([torch.tensor([0]), 1 + chunk, 4 + chunk]).repeat_interleave(tokens)
     column = torch.cat([torch.tensor([0, 0, 1]), 2 + chunk, 5 + chunk]).repeat_interleave(tokens)
     assert torch.equal(mask, picture[row][:, column])
-    mask = mf.ParallelAttention(cfg, 6, chunk=2, has_history=False, coupled=True).mask
+    mask = mf.attention_mask(cfg, torch.cat([reference, frames]), 6, chunk=6, coupled=True)
     assert mask[:tokens, :tokens].all() and not mask[:tokens, tokens:].any()  # the reference
 
 
@@ -196,11 +197,8 @@ def test_future_leaves_the_past_alone_and_history_moves_the_chunk(layers):
         moved = chunks_changed(model, given, history=given["history"] + bump)
         assert moved == list(visible_to)
         assert chunks_changed(model, given, x_t=given["x_t"] + bump) == [at]
-        if at:  # without history a chunk sees itself alone, even if it is the whole clip
-            bumped = {"history": None, "x_t": given["x_t"] + bump}
-            assert chunks_changed(model, given | {"history": None}, **bumped) == [at]
-            alone = given | {"history": None, "chunk": 9 * TINY.chunk}
-            assert chunks_changed(model, alone, **bumped) == list(range(9))
+        alone = given | {"history": None}  # a bidirectional model: the clip is a single chunk
+        assert chunks_changed(model, alone, x_t=given["x_t"] + bump) == list(range(9))
     moved = given["controls"]._replace(first_frame=-given["controls"].first_frame)
     assert chunks_changed(model, given, controls=moved) == list(range(9))
     end = 3 * TINY.chunk_frames + 2 * TINY.margin
@@ -433,9 +431,7 @@ def test_each_objective_sees_the_self_made_history_and_only_if_asked(self_made):
     for seed in (0, 1):
         x, films, _ = some_clip(3)
         films = films + torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-        generated = torch.arange(x.shape[1]) >= TINY.chunk
-        made = mf.Rollout(mf.time_grid(TINY, 4), [films] * 5, generated)
-        with mock.patch.object(mf, "rollout", return_value=made):
+        with mock.patch.object(mf, "rollout", return_value=[films] * 5):
             losses.append(stage3(self_made=self_made)[0])
     changed = {term for term in losses[0] if losses[0][term] != losses[1][term]}
     assert changed == {"dmd", "fake", *(("flow", "shortcut") if self_made else ())}
@@ -447,19 +443,18 @@ def test_films_equal_the_parallel_form_on_the_history_that_they_leave(history):
     times = times[1:] if history == "late" else times
     if history == "guided":
         films = mf.generate(model, controls.chunks(TINY), times, guidance=3.0)
-        states, generated = [torch.cat(parts, 1) for parts in zip(*films)], torch.ones(14).bool()
+        states, real = [torch.cat(parts, 1) for parts in zip(*films)], 0
     else:
-        _, states, generated = mf.rollout(model, x, controls, times)
+        states, real = mf.rollout(model, x, controls, times), TINY.chunk
     guidance = 3.0 if history == "guided" else 1.0
     variants = [(variant, states[-1]) for variant in controls.variants(TINY, guidance)]
     out = states[0]
     for t, d in zip(times, times.diff(dim=0)):
         out = out + d * mf.guided(model, out, t, d, variants, guidance)
-    assert (out - states[-1])[:, generated].abs().max() < 1e-4 * out.std()
+    assert (out - states[-1])[:, real:].abs().max() < 1e-4 * out.std()
     noise = (states[0] - times[0] * x) / (1 - times[0])  # states[0] itself, if not late
-    assert 0.9 < noise[:, generated].std() < 1.1
-    assert torch.equal(states[-1][:, ~generated], x[:, ~generated])
-    assert generated.tolist() == TINY.chunk * [history == "guided"] + 6 * TINY.chunk * [True]
+    assert 0.9 < noise[:, real:].std() < 1.1
+    assert torch.equal(states[-1][:, :real], x[:, :real])
     assert not any(state.requires_grad for state in states)
 
 
@@ -545,16 +540,15 @@ def test_the_fake_score_does_not_learn_the_real_chunk():
     assert losses["fake"] < 1000  # 1000 squared, if chunk 0 were among the films
 
 
-def dmd_gradient(mean_real, mean_fake, times, generated=None):
+def dmd_gradient(mean_real, mean_fake, times, first=0):
     """DMD's gradient on a model's picture and sound; the scores are Gaussians of these means."""
     torch.manual_seed(0)
     (x, _, controls), offset = some_clip(b=8), torch.zeros(2, requires_grad=True)
     net = analytic(lambda z, t, d: torch.where(IS_VIDEO, *offset).expand_as(z))
     real = analytic(lambda z, t, d: gaussian(z, t, mean_real))
     fake = analytic(lambda z, t, d: gaussian(z, t, mean_fake))
-    generated = torch.ones(12).bool() if generated is None else generated
-    films = mf.Rollout(times, [torch.randn_like(x), x], generated)
-    loss, _, _ = mf.dmd_loss(net, films, x, controls, real, fake)
+    film = mf.retake_step(net, times, [torch.randn_like(x), x], x, controls)
+    loss, _ = mf.dmd_loss(film, x, controls, real, fake, real=first)
     loss.backward()
     return offset.grad
 
@@ -570,7 +564,7 @@ def test_dmd_gradient_has_the_right_sign_size_and_a_zero():
     ratio = dmd_gradient(2.0, 0.0, four[:2]) / dmd_gradient(2.0, 0.0, four[3:])
     assert torch.allclose(ratio, four[1, 0, 0, 0] / (1 - four[3, 0, 0, 0]))  # what a step moves
     bad_start = torch.where(torch.arange(12) < 2, 1e3, -1e3)[:, None]
-    own = dmd_gradient(bad_start, 0.0, one, torch.arange(12) >= 2)
+    own = dmd_gradient(bad_start, 0.0, one, first=2)
     assert torch.allclose(own, torch.ones(2), atol=0.05)  # of generated chunks alone
 
 

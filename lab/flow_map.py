@@ -41,6 +41,5 @@ def flow_map_dmd(model, x: Tensor, history: Tensor, controls) -> tuple[Tensor, d
         # 3. Move the landing point from the fake velocity toward the real one. As in
         #    dmd_loss(), all chunks and branches weigh alike.
         target = landed - (v_fake - v_real) / mean_size(cfg, v_real, cfg.chunk)
-    generated = torch.arange(x.shape[1]) >= cfg.chunk
-    loss, logs = mean_square("flow_map", cfg, landed - target, generated)
+    loss, logs = mean_square("flow_map", cfg, (landed - target)[:, cfg.chunk :])  # generated
     return mf.WEIGHTS["dmd"] * 0.5 * loss, logs
