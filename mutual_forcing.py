@@ -2,48 +2,48 @@
 talking character, picture and sound together, in 4 or 8 denoising steps a chunk. Each part of the
 file uses only what stands above it.
 
-The paper. A transformer with a video and an audio branch, joined by one self-attention, generates
-a film chunk by chunk and keeps what it generated in a KV cache. One set of weights serves two
-modes: the multi-step mode predicts the instantaneous velocity of a flow from noise to data, for
-about 50 small steps; the few-step mode predicts the average velocity over an interval, for 4 or 8
-large steps. Stage 1 trains both branches with no attention between them, and stage 2 couples them,
-both on real history. In stage 3, Mutual Forcing, the few-step mode generates its own history, and
-the multi-step mode learns the real chunk that follows it. A slow copy of the weights, their
-exponential moving average (EMA), then teaches the few-step mode by ShortCut and DMD.
+The paper. A transformer with a video and an audio branch, joined by self-attention, generates a
+film chunk by chunk and keeps what it generated in a KV cache. One set of weights serves two modes:
+the multi-step mode predicts the instantaneous velocity of a flow from noise to data, for about 50
+small steps; the few-step mode predicts the average velocity over an interval, for 4 or 8 large
+steps. Stage 1 trains both branches with no attention between them, and stage 2 couples them; in
+both the history is real. In stage 3, Mutual Forcing, the few-step mode continues a real chunk with
+a history of its own, and the multi-step mode learns the real chunks that follow. A slow copy of the
+weights, their exponential moving average (EMA), then teaches the few-step mode by ShortCut and DMD.
 
-The stages, as train.py calls them (stage 0 trains the video codec, data/codecs.py). A history is
-a clean clip as long as x, of which a chunk sees only the chunks before it.
+The calls of train.py in each stage (stage 0 trains the video codec, data/codecs.py). A history is
+a clean clip as long as x, of which a chunk sees only earlier chunks, see attention_mask().
 
     # Stage 1: uncoupled branches. Stage 2: coupled. The history is the real clip x itself.
     loss, logs = flow_matching_loss(model, x, x, controls, coupled=False)
     loss, logs = flow_matching_loss(model, x, x, controls)
-    # Stage 3: rollout() makes the history, on which the three objectives follow.
+    # Stage 3: rollout() makes the history that the three objectives use. The losses are added.
     nets = {"teacher": ema, "real_score": ema, "fake_score": fake_score}
     losses, logs = mutual_forcing_loss(model, x, controls, **nets)
-    # Self-Forcing, for comparison: DMD alone, with scores for which a whole clip is one chunk.
+    # Self-Forcing, for comparison: DMD alone; the scores were trained with history=None.
     losses, logs = mutual_forcing_loss(..., weights={"dmd": 1}, bidirectional=True)
 
 Axes                                        Symbols
-  B  films in a batch                         x    clean latents
-  F  frames of the picture                    x_t  noised latents, (1 - t) noise + t x
+  B  clips or films in a batch                x    clean latents
+  F  frames of video                          x_t  noised latents, (1 - t) noise + t x
   S  latent frames (cfg.step_frames frames)   t    time: 0 is noise, 1 is data
   N  tokens of a branch in a latent frame     d    size of a denoising step; in multi-step
   D  width; H heads; P values of a head            mode the network is told 0 in its place
-  E  values of a latent frame: all of         v    velocity; for real clips and d = 0 its
-     video, then all of audio                      target is x - noise
+  E  values of a latent frame: all of         v    velocity; at d = 0 its target is x - noise
+     video, then all of audio
 
 The network returns v, and a denoising step is x_{t+d} = x_t + d v. Losses compare velocities; DMD
 compares clean latents x_t + (1 - t) v. A chunk is cfg.chunk latent frames. Times and step sizes of
 a clip are (B, S, 1): both branches share them. Tokens are (2, B, S, N, D): video's, then audio's.
 
 What we do differently                      Why (docs/departures.md: what each is worth)
-  video's head predicts clean latents         noise in v hardly fits through D values
+  video's head predicts clean latents         D values can hardly carry the noise in v
   it copies from the film's first picture     clothes and background keep their look
   the transcript is added to the tokens       each symbol's time is known: no cross-attention
-  a character is named, not described         the drawn world has nothing else to describe
+  a character is named, not described         our films have nothing else to describe
   video's VAE encodes frames one by one       two frames encoded at once share one mouth
   sound has an exact MDCT, not a VAE          a hiss is noise, which no small VAE keeps
-  larger learning rate, smaller batches       a small model, trained on two cores
+  larger learning rate, smaller batches       the model is small, trained on two cores
 Where the paper is silent, the code says "our choice". A user's mistake raises UserError.
 """
 
@@ -80,7 +80,7 @@ class Config:
     video_dim: int = 256  # values of a video token
     audio_dim: int = 250  # values of an audio token
     chunk: int = 4  # latent frames generated at a time: half a second
-    window: int = 1  # chunks of history that a chunk sees, beside the reference and the sink
+    window: int = 1  # chunks of history that a chunk sees, plus the sink and the first frame
     symbols: int = 27  # symbols of a transcript; the last one is silence
     margin: int = 4  # frames of transcript that a chunk sees before its start and after its end
     characters: tuple = ("ada", "bruno", "chen", "dora", "emil", "farah", "goro", "hana")
@@ -137,7 +137,7 @@ class Controls(NamedTuple):
         return Controls(symbols, character, self.first_frame, has_first_frame)
 
     def variants(self, cfg: Config, guidance: float) -> list["Controls"]:
-        """What guidance compares: these controls and, unless it is 1, the null controls."""
+        """What guidance compares: these controls and, unless guidance is 1, the null controls."""
         return [self] if guidance == 1 else [self, self.dropped(cfg)]
 
 
@@ -156,14 +156,14 @@ def join(video: Tensor, audio: Tensor) -> Tensor:
 
 
 def warp(u: Tensor, shift: float) -> Tensor:
-    """Even progress u in 0..1 -> time t in 0..1, of training and of sampling grids."""
-    # Our choice: with a shift above 1 more times are near noise. Values of a film are strongly
-    # correlated, so what it shows is decided there.
+    """Progress u in 0..1 -> time t in 0..1, in training and in sampling."""
+    # Our choice: with a shift above 1, more times are near noise. Values of a film are strongly
+    # correlated, so what it shows can be seen through much noise, and is decided there.
     return u / (u + shift * (1 - u))
 
 
 def time_grid(cfg: Config, steps: int) -> Tensor:
-    """Times of a sampler with so many steps, from 0 to 1: (steps + 1, 1, 1, 1)."""
+    """Times of a sampler, from 0 to 1: (steps + 1, 1, 1, 1). Raises UserError."""
     if not 1 <= steps <= 1000:
         raise UserError(f"steps must be between 1 and 1000, not {steps}")
     return warp(torch.linspace(0, 1, steps + 1), cfg.shift)[:, None, None, None]
@@ -254,8 +254,8 @@ def rotary_phases(cfg: Config, positions: Tensor) -> tuple[Tensor, Tensor]:
 
     The 3-D rotary embedding (3.1): of the pairs of a head, half rotate with time, in hops of sound,
     a quarter with the row in the picture and a quarter with the column. A position of -1 has no
-    time: its cosines and sines are zero, and so is that half of a key. Our choice: each frequency
-    of time makes whole rotations in cfg.clock seconds, so positions stay bounded in any film.
+    time: its cosines and sines are zero, and so is a key's time half. Our choice: each frequency
+    of time makes whole rotations in cfg.clock seconds, so phases repeat in a film of any length.
     """
     period = cfg.clock * cfg.fps * cfg.tokens // cfg.step_frames  # in hops
     pairs = cfg.width // cfg.heads // 4
@@ -283,7 +283,7 @@ def rotate(x: Tensor, phases: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def without_time(k: Tensor) -> Tensor:
-    """Keys (..., P) without the half that rotates with time: alike from any distance in time."""
+    """Keys (..., P) with the time half zeroed: the same at any distance in time."""
     time, place_1, _, place_2 = k.chunk(4, -1)  # first values of pairs, then second ones
     zero = torch.zeros_like(time)
     return torch.cat([zero, place_1, zero, place_2], -1)
@@ -304,7 +304,7 @@ class Block(nn.Module):
         self.out = BranchLinear(cfg.width, cfg.width)
         self.up = BranchLinear(cfg.width, 4 * cfg.width)
         self.down = BranchLinear(4 * cfg.width, cfg.width)
-        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))  # of the modulation
+        self.offset = nn.Parameter(torch.zeros(2, 1, 1, 1, 6 * cfg.width))  # + modulation
 
     def forward(self, x: Tensor, modulation: Tensor, phases, attend) -> Tensor:
         """Tokens x (2, B, S, N, D) and modulation (B, S, 1, 6 D) -> tokens after this block."""
@@ -324,7 +324,7 @@ class Block(nn.Module):
 def attention_mask(cfg: Config, positions: Tensor, s: int, chunk: int, coupled: bool) -> Tensor:
     """Who attends to whom in the parallel form: bool (tokens of rows, tokens of columns).
 
-    A row attends to the columns marked x. Both are chunks (here the window is 1), or the reference:
+    Rows attend to columns marked x (here the window is 1):
 
                     columns:  sink  reference  history   noised
                                                0 1 2     0 1 2
@@ -341,8 +341,8 @@ def attention_mask(cfg: Config, positions: Tensor, s: int, chunk: int, coupled: 
     and voice in view when chunk 0 has left the window. The keys of sink and reference have no
     time, so a long film has no distance in time that training never saw.
 
-    positions: of the rows' latent frames, -1 for the reference; the last s of them are noised.
-    chunk: latent frames of one. coupled: whether branches see each other.
+    positions: the rows' latent frames, -1 for the reference; the last s of them are noised.
+    chunk: its latent frames. coupled: whether branches see each other.
     """
     is_noised = torch.arange(len(positions)) >= len(positions) - s
     sink_length = chunk if len(positions) > 1 + s else 0  # without history, no sink
@@ -353,7 +353,8 @@ def attention_mask(cfg: Config, positions: Tensor, s: int, chunk: int, coupled: 
     sink = (number > 0)[:, None].expand(-1, sink_length)
     mask = torch.cat([sink, own | past | (number < 0)], 1)  # of latent frames
     branch = torch.arange(2).repeat_interleave(cfg.tokens)
-    branch_mask = (branch[:, None] == branch) | coupled  # within a latent frame (2 N, 2 N)
+    # For each pair of latent frames, the pairs of their tokens: (2 N, 2 N).
+    branch_mask = (branch[:, None] == branch) | coupled
     return torch.kron(mask.byte(), branch_mask.byte()).bool()
 
 
@@ -371,8 +372,8 @@ class KVCache:
         keys, values = zip(*self.kept[layer], (k, v))
         return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
 
-    def commit(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """attend(), and keep the reference or a chunk; the oldest one leaves a full window."""
+    def attend_and_keep(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """attend(), then keep k and v; a full window drops its oldest chunk."""
         seen, kept = self.attend(layer, q, k, v), self.kept[layer]
         if len(kept) == 1:  # chunk 0 becomes the sink, too
             kept.append((without_time(k), v))
@@ -418,7 +419,7 @@ class AudioVideoTransformer(nn.Module):
         return x + text + self.place, self.conditioning(t, d, character)
 
     def reference(self, controls: Controls) -> tuple[Tensor, Tensor]:
-        """The first frame, or learned tokens in its place, as a latent frame without transcript."""
+        """The first frame, or learned tokens, as a latent frame without text; its conditioning."""
         absent = self.no_reference.expand(-1, len(controls.character), -1, -1, -1)
         picture = self.embed[0](controls.first_frame.to(self.place))
         video = torch.where(controls.has_first_frame[:, None, None, None], picture, absent[0])
@@ -437,14 +438,16 @@ class AudioVideoTransformer(nn.Module):
         return x, conditioning
 
     def read_out(self, x, conditioning, x_t, t, controls, video_0) -> Tensor:
-        """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t."""
-        # video_0 (B, S or 1, N, video_dim): chunk 0's first latent frame; zero for chunk 0 itself.
+        """Tokens x (2, B, S, N, D) after all blocks -> v (B, S, E) of x_t (B, S, E) at t.
+
+        video_0 (B, S or 1, N, video_dim): chunk 0's first latent frame; zero where none precedes.
+        """
         given = controls.has_first_frame[:, None, None, None]
         first_picture = torch.where(given, controls.first_frame.to(video_0), video_0)
         x = normalise(x, *self.head_modulation(conditioning).chunk(2, -1))
         video_t, audio_t = split(self.cfg, x_t)
-        # Our choice: video's head predicts clean latents, as an offset and, for each value, a
-        # factor of the film's first picture, which copies what stands still.
+        # Our choice: video's head predicts clean latents (at d = 0), as an offset and, for each
+        # value, a factor of the film's first picture, which copies what stands still.
         offset, factor = self.head[0](x[0]).float().chunk(2, -1)
         remaining = (1 - t)[..., None].clamp(min=0.05)  # near data, errors would be enlarged
         v_video = (offset + factor * first_picture - video_t) / remaining
@@ -454,7 +457,7 @@ class AudioVideoTransformer(nn.Module):
         return join(v_video, offset + factor * audio_t)
 
     def forward(self, x_t, t, d, controls, history=None, coupled=True) -> Tensor:
-        """Parallel form: v of all chunks of a clip, each on the history before it, as in step().
+        """Parallel form: v of all chunks of a clip, each on the history before it, as in predict().
 
         x_t, v (B, S, E); t, d (B or 1, S or 1, 1), the same within a chunk. history (B, S, E):
         clean latents; None makes a bidirectional model, for which the whole clip is one chunk.
@@ -487,10 +490,10 @@ class AudioVideoTransformer(nn.Module):
     def start(self, controls: Controls) -> KVCache:
         """Streaming form: a cache that holds the reference, and no chunk yet."""
         cache = KVCache(self.cfg, torch.zeros_like(controls.first_frame))
-        self.run_blocks([self.reference(controls)], torch.tensor([-1]), cache.commit)
+        self.run_blocks([self.reference(controls)], torch.tensor([-1]), cache.attend_and_keep)
         return cache
 
-    def step(self, x_t, t, d, controls: Controls, cache: KVCache) -> Tensor:
+    def predict(self, x_t, t, d, controls: Controls, cache: KVCache) -> Tensor:
         """v (B, S, E) of the next chunk x_t, for t, d (B or 1, 1, 1). The cache is only read."""
         x, conditioning = self.pass_chunk(x_t, t, d, controls, cache, cache.attend)
         return self.read_out(x, conditioning, x_t, t, controls, cache.video_0)
@@ -498,7 +501,7 @@ class AudioVideoTransformer(nn.Module):
     def commit(self, x: Tensor, controls: Controls, cache: KVCache) -> None:
         """Write the finished chunk x to the cache: its keys and values at t = 1 and d = 0."""
         t = torch.ones(1, 1, 1, device=x.device)
-        self.pass_chunk(x, t, 0 * t, controls, cache, cache.commit)
+        self.pass_chunk(x, t, 0 * t, controls, cache, cache.attend_and_keep)
         if cache.count == 0:
             cache.video_0 = split(self.cfg, x)[0][:, :1]
         cache.count += 1
@@ -529,9 +532,9 @@ def denoise(velocity, x_t: Tensor, times, few=True) -> list[Tensor]:
 
 
 def guided(network, x_t, t, d, variants, guidance) -> Tensor:
-    """v under classifier-free guidance, which is a number or (B, S, 1).
+    """null + guidance (v - null), classifier-free guidance; guidance: a number or (B, S, 1).
 
-    variants: what network, a model or its step(), takes after d; see Controls.variants().
+    variants: what network, a model or its predict(), takes after d; see Controls.variants().
     """
     v, *null = [network(x_t, t, d, *variant) for variant in variants]
     return torch.lerp(null[0], v, guidance) if null else v
@@ -560,7 +563,9 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
             x_t = torch.randn(shape, generator=generator, dtype=times.dtype).to(model.device)
             if real_chunks:
                 x_t = add_noise(real_chunks[index], x_t, times[0])
-            velocity = functools.partial(guided, model.step, variants=variants, guidance=guidance)
+            velocity = functools.partial(
+                guided, model.predict, variants=variants, guidance=guidance
+            )
             states = denoise(velocity, x_t, times, few)
         yield states
         # Only when another chunk is asked for: the caller may stop here.
@@ -572,9 +577,9 @@ def generate(model, controls, times, *, few=True, guidance=1.0, generator=None, 
 def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance=1.0, seed=0):
     """Stream one film: yields frames uint8 (F, image, image, 3), samples float32 (n,) of a chunk.
 
-    codecs: see Codecs in data/codecs.py. controls: see generate(); for at least so many seconds.
+    codecs: see Codecs in data/codecs.py. controls: see generate(); at least `seconds` of them.
     mode: "few", which learned 4 and 8 steps, or "multi"; steps: DEFAULT_STEPS[mode] unless given.
-    Sound comes a little later than its frames; the last chunk brings the rest.
+    Sound is yielded a little after its frames; the last chunk brings the rest.
     """
     cfg = model.cfg
     if mode not in DEFAULT_STEPS:
@@ -591,6 +596,7 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
         samples, audio_state = codecs.audio.decode_next(audio, audio_state)
         frames = frames[0, :frames_left].cpu().numpy()
         frames_left -= len(frames)
+        # The state of the audio codec is the sound that the next chunk would complete.
         samples = samples[0] if frames_left else torch.cat([samples[0], audio_state[0]])
         samples = samples[:samples_left].cpu().numpy()
         samples_left -= len(samples)
@@ -600,8 +606,8 @@ def stream(model, codecs, controls, *, seconds, mode="few", steps=None, guidance
 
 
 # ---- The objectives ------------------------------------------------------------------
-# Each returns (loss, logs). data/batches.py drops controls at random, for classifier-free guidance
-# and for films without transcript.
+# An objective returns (loss, logs). data/batches.py drops controls at random, for classifier-free
+# guidance and for films without transcript.
 
 
 def mean_square(term: str, cfg: Config, error: Tensor) -> tuple[Tensor, dict]:
@@ -619,21 +625,21 @@ def mean_size(cfg: Config, x: Tensor, chunk: int) -> Tensor:
     return join(*sizes).clamp(min=1e-6)
 
 
-def flow_matching_loss(model, x, history, controls, *, coupled=True, real=0, term="flow"):
+def flow_matching_loss(model, x, history, controls, *, coupled=True, num_real=0, term="flow"):
     """The multi-step mode learns the chunks of x (B, S, E), each at its own time (section 3.2).
 
     history, coupled: see AudioVideoTransformer.forward(). DMD's fake score learns by this loss,
-    too, from films whose first `real` latent frames are left out.
+    too, from films whose first num_real latent frames are left out.
     """
     cfg = model.cfg
     t = draw_times(cfg, x, x.shape[1] if history is None else cfg.chunk)
     noise = torch.randn_like(x)
     v = model(add_noise(x, noise, t), t, 0 * t, controls, history, coupled)
-    return mean_square(term, cfg, (v - (x - noise))[:, real:])
+    return mean_square(term, cfg, (v - (x - noise))[:, num_real:])
 
 
 def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tuple[Tensor, dict]:
-    """A large step of the few-step mode learns the mean velocity of its two halves (ShortCut, 3.3).
+    """The few-step mode learns the mean velocity of the two halves of a step (ShortCut, 3.3).
 
     x, history (B, S, E). Large steps are those of the grids of 4 and 8 (our choice: longer ones
     damage both modes). The halves of a step in the grid of 4 are taken by the teacher's few-step
@@ -667,8 +673,9 @@ def shortcut_loss(model, x, history, controls, *, teacher, guidance=1.0) -> tupl
 def rollout(model, x, controls, times, self_made=True) -> list[Tensor]:
     """The few-step mode's films of the clips x (B, S, E): their states (B, S, E) at all times.
 
-    self_made: after a real chunk it continues its own films, through the cache, from noise (from
-    noised real chunks if times[0] is above 0). Else (teacher forcing) each chunk follows real ones.
+    self_made: the mode continues the clips' first chunks with its own, through the cache. Else
+    (teacher forcing) each chunk follows real ones. A chunk begins as noise, or, if times[0] is
+    above 0, as the real chunk, noised to that time.
     """
     if self_made:
         films = generate(model, controls.chunks(model.cfg), times, clip=x)
@@ -680,18 +687,18 @@ def rollout(model, x, controls, times, self_made=True) -> list[Tensor]:
 def retake_step(model, times, states, history, controls) -> Tensor:
     """The films of rollout(), states[-1] (B, S, E), with the gradient of one denoising step."""
     # Our choice: a random step, k, is taken again by all chunks in parallel. The gradient is that
-    # of d_k v; all other steps and the history are constants.
+    # of d_k v; all other steps and the latents of the history are constants.
     k = int(torch.randint(len(times) - 1, ()))
     d_k = times[k + 1] - times[k]
     v = model(states[k], times[k], d_k, controls, history)
     return states[-1] + d_k * (v - v.detach())
 
 
-def dmd_loss(film, history, controls, real_score, fake_score, real=0, guidance=1.0):
+def dmd_loss(film, history, controls, real_score, fake_score, num_real=0, guidance=1.0):
     """Move films (B, S, E) toward the real score and away from the fake score (DMD, section 3.3).
 
-    Their first `real` latent frames, which are real, are left out. history: what both scores see;
-    None if they are bidirectional (Self-Forcing). guidance: of the real score.
+    Their first num_real latent frames are left out. history: what both scores see; None if they
+    are bidirectional (Self-Forcing). guidance: of the real score.
     """
     cfg = real_score.cfg
     chunk = film.shape[1] if history is None else cfg.chunk
@@ -708,7 +715,7 @@ def dmd_loss(film, history, controls, real_score, fake_score, real=0, guidance=1
         v_fake = fake_score(x_t, t, 0 * t, controls, history)
         x_real, x_fake = x_t + (1 - t) * v_real, x_t + (1 - t) * v_fake
         target = film - (x_fake - x_real) / mean_size(cfg, film - x_real, chunk)
-    loss, logs = mean_square("dmd", cfg, (film - target)[:, real:])
+    loss, logs = mean_square("dmd", cfg, (film - target)[:, num_real:])
     return 0.5 * loss, logs
 
 
@@ -717,7 +724,7 @@ def mutual_forcing_loss(
     x,  # (B, S, E), real clips
     controls,
     *,
-    teacher,  # the model's EMA copy, whose two modes teach ShortCut
+    teacher,  # the model's EMA copy, both of whose modes teach
     real_score,  # DMD's score of real films: the EMA copy or a bidirectional model
     fake_score,  # another model of that kind, which learns the few-step mode's films
     weights=WEIGHTS,  # {term: weight}; a term left out has weight 0, or 1 if it is of extra
@@ -725,10 +732,10 @@ def mutual_forcing_loss(
     steps=4,  # denoising steps of a chunk in the rollout
     guidance=1.0,  # in the few-step mode's targets; 1 is none
     self_made=True,  # see rollout()
-    start=0,  # index of the grid's time at which the rollout begins, see rollout()
+    start_index=0,  # of the grid's times: the rollout begins there, see rollout()
     bidirectional=False,  # the scores see a whole clip as one chunk (Self-Forcing)
 ) -> tuple[dict, dict]:
-    """One training step of stage 3 (section 3.3): ({term: weighted loss}, logs)."""
+    """The losses of a training step of stage 3 (section 3.3): ({term: weighted loss}, logs)."""
     cfg, extra = model.cfg, extra or {}
     if unknown := weights.keys() - WEIGHTS.keys() - extra.keys():
         raise UserError(f"weights of unknown terms: {', '.join(sorted(unknown))}")
@@ -739,9 +746,10 @@ def mutual_forcing_loss(
 
     # 1. The few-step mode generates the history, without gradient.
     if self_made or weights["dmd"]:
-        times = time_grid(cfg, steps)[start:].to(x)
+        times = time_grid(cfg, steps)[start_index:].to(x)
         states = rollout(model, x, controls, times, self_made)
-    history, real = (states[-1], cfg.chunk) if self_made else (x, 0)
+    history = states[-1] if self_made else x
+    num_real = cfg.chunk if self_made else 0  # latent frames of the films
 
     # 2. The multi-step mode learns the real chunk, given that history.
     # 3. The EMA copy teaches the few-step mode to take large steps.
@@ -757,9 +765,11 @@ def mutual_forcing_loss(
     if weights["dmd"]:
         seen = None if bidirectional else history
         film = retake_step(model, times, states, history, controls)
-        loss, new = dmd_loss(film, seen, controls, real_score, fake_score, real, guidance)
+        loss, new = dmd_loss(film, seen, controls, real_score, fake_score, num_real, guidance)
         losses["dmd"] = weights["dmd"] * loss
-        fake = {"real": real, "term": "fake"}
-        losses["fake"], newer = flow_matching_loss(fake_score, states[-1], seen, controls, **fake)
-        logs |= new | newer
+        logs |= new
+        losses["fake"], new = flow_matching_loss(
+            fake_score, states[-1], seen, controls, num_real=num_real, term="fake"
+        )
+        logs |= new
     return losses, logs

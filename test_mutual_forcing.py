@@ -160,7 +160,7 @@ def test_streamed_with_cache_equals_parallel_over_the_whole_stream(window):
     whole, cache = model(**given), model.start(controls)
     for i, own in enumerate(controls.chunks(TINY)):
         chunk = slice(i * TINY.chunk, (i + 1) * TINY.chunk)
-        piece = model.step(x[:, chunk], t[:, chunk][:, :1], d[:, chunk][:, :1], own, cache)
+        piece = model.predict(x[:, chunk], t[:, chunk][:, :1], d[:, chunk][:, :1], own, cache)
         assert (piece - whole[:, chunk]).abs().max() < 1e-4 * whole.std()
         model.commit(history[:, chunk], own, cache)
     assert cache.count == 7
@@ -246,7 +246,7 @@ def test_the_cache_keeps_the_sink_does_not_grow_and_only_a_commit_writes_it():
     for i, (chunk, own) in enumerate(zip(x.split(TINY.chunk, 1), controls.chunks(TINY))):
         states.append([torch.stack(pair) for pair in cache.kept[-1]])
         for d in (0, 0.5):
-            model.step(chunk, 0.3 * ONE, d * ONE, own, cache)
+            model.predict(chunk, 0.3 * ONE, d * ONE, own, cache)
         for pair, before in zip(cache.kept[-1], states[-1], strict=True):
             assert torch.equal(torch.stack(pair), before)
         model.commit(chunk, own, cache)
@@ -548,7 +548,7 @@ def dmd_gradient(mean_real, mean_fake, times, first=0):
     real = analytic(lambda z, t, d: gaussian(z, t, mean_real))
     fake = analytic(lambda z, t, d: gaussian(z, t, mean_fake))
     film = mf.retake_step(net, times, [torch.randn_like(x), x], x, controls)
-    loss, _ = mf.dmd_loss(film, x, controls, real, fake, real=first)
+    loss, _ = mf.dmd_loss(film, x, controls, real, fake, num_real=first)
     loss.backward()
     return offset.grad
 

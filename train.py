@@ -113,7 +113,7 @@ def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict
         # A rollout has 4 or 8 steps at random, the same in all processes.
         steps = int(np.random.default_rng([args.seed, state.step]).choice([4, 8]))
         options = {"weights": args.weights, "extra": args.extra, "guidance": args.guidance}
-        options |= {"self_made": args.history != "real", "start": int(args.history == "late")}
+        options |= {"self_made": args.history != "real", "start_index": int(args.history == "late")}
         options |= {"bidirectional": args.real_is_whole}
         return mf.mutual_forcing_loss(state.model, x, controls, steps=steps, **nets, **options)
     history, coupled = None if args.whole else x, state.stage != "unimodal"

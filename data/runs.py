@@ -87,7 +87,7 @@ def shard(net: torch.nn.Module, device: torch.device) -> None:
     for block in getattr(net, "blocks", []):
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh, reshard_after_forward=True)
-    for method in ("start", "step", "commit", "loss"):
+    for method in ("start", "predict", "commit", "loss"):
         if hasattr(net, method):
             register_fsdp_forward_method(net, method)
 
