@@ -117,14 +117,14 @@ def test_analytic_velocity_returns_the_data(steps):
     model, (data, _, controls) = lively(), some_clip(chunks=3)
     chunks, times = data.split(TINY.chunk, 1), mf.time_grid(TINY, steps)
 
-    def step(x_t, t, d, given, cache):
+    def predict(x_t, t, d, given, cache):
         return (chunks[cache.count] - x_t) / (1 - t)
 
     def commit(x, given, cache):
         assert (x - chunks[cache.count]).abs().max() < 1e-4  # the finished chunk
         cache.count += 1
 
-    with mock.patch.multiple(model, step=step, commit=commit):
+    with mock.patch.multiple(model, predict=predict, commit=commit):
         films = list(mf.generate(model, controls.chunks(TINY), times))
     for states, x in zip(films, chunks, strict=True):
         assert len(states) == steps + 1 and 0.8 < states[0].std() < 1.2
@@ -270,7 +270,7 @@ def test_a_chunk_is_denoised_in_its_mode_and_committed_at_t_1_and_d_0(few):
     assert torch.equal(t, grid.repeat(3, 1, 1, 1)) and torch.equal(d, sizes.repeat(3, 1, 1, 1))
     assert torch.equal(x, torch.stack([state for states in films for state in states]))
     attends = [call.args[5].__name__ for call in step.call_args_list]
-    assert attends == 3 * ["attend", "attend", "commit"]
+    assert attends == 3 * ["attend", "attend", "attend_and_keep"]
 
 
 class StandIn(nn.Module):
