@@ -1,7 +1,8 @@
 """Speed of films and of training steps, beside the machine's limit: `python -m lab.benchmark`.
 
 The limit is the time that the same operations take at the rate of a large matrix product;
-limit_share is the limit divided by the time measured. Each row is measured in a process of its own, so its memory is its own.
+limit_share is the limit divided by the time measured. Each row is measured in a process of its own,
+so its memory is its own.
 """
 
 import argparse
@@ -52,11 +53,11 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def seconds_of(function, device: torch.device) -> float:
-    """Seconds that a call takes."""
+def timed(device: torch.device, function, *arguments) -> tuple:
+    """Seconds that a call takes, and what it returns."""
     began = clock(device)
-    function()
-    return clock(device) - began
+    result = function(*arguments)
+    return clock(device) - began, result
 
 
 def memory(device: torch.device, *, peak: bool) -> float:
@@ -90,7 +91,7 @@ def operations_of(function) -> int:
 def limit_of(function, device: torch.device) -> float:
     """Seconds that the operations of a call take at the rate of a large matrix product."""
     matrix = torch.randn(2048, 2048, dtype=runs.native_precision(device), device=device)
-    seconds = min([seconds_of(lambda: matrix @ matrix, device) for _ in range(5)])
+    seconds = min([timed(device, torch.matmul, matrix, matrix)[0] for _ in range(5)])
     return operations_of(function) * seconds / (2 * 2048**3)
 
 
@@ -100,12 +101,9 @@ def start_up_row(checkpoint: Path, device: torch.device, make_codecs) -> dict:
     code = "import timeit, torch; print(timeit.timeit('import sample', number=1))"
     folder = Path(sample.__file__).parent
     import_s = float(subprocess.check_output([sys.executable, "-c", code], cwd=folder))
-    began = clock(device)
-    model, codecs = sample.load_talker(checkpoint, make_codecs, device)
-    load_s = clock(device) - began
-    film = stream_film(model, codecs, seconds=10, transcript=TEXT)
-    first_chunk_ms = 1000 * seconds_of(lambda: next(film), device)
-    return {"import_s": import_s, "load_s": load_s, "first_chunk_ms": first_chunk_ms}
+    load_s, talker = timed(device, sample.load_talker, checkpoint, make_codecs, device)
+    first_chunk_s, _ = timed(device, next, stream_film(*talker, seconds=10, transcript=TEXT))
+    return {"import_s": import_s, "load_s": load_s, "first_chunk_ms": 1000 * first_chunk_s}
 
 
 @torch.inference_mode()
@@ -121,9 +119,8 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
         film = stream_film(model, codecs, **options)
         writer = FilmWriter(Path(folder, "film.mp4"), cfg)
         for index in range(chunks):
-            began = clock(device)
-            part = next(film)
-            chunk_s.append(clock(device) - began)
+            waited, part = timed(device, next, film)
+            chunk_s.append(waited)
             writer.add(*part)
             if index == chunks // 10:
                 early_memory = memory(device, peak=False)
@@ -134,8 +131,8 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
 
     new_film, last_s, new_s = stream_film(model, codecs, **options), [], []
     for _ in range(min(chunks, 100)):
-        last_s.append(seconds_of(lambda: next(film), device))
-        new_s.append(seconds_of(lambda: next(new_film), device))
+        last_s.append(timed(device, next, film)[0])
+        new_s.append(timed(device, next, new_film)[0])
     peak = memory(device, peak=True)
     limit_s = limit_of(lambda: next(film), device)
 
@@ -145,7 +142,7 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
         codecs.video.decode_next(video)
         codecs.audio.decode_next(audio)
 
-    decode_s = min([seconds_of(decode, device) for _ in range(9)])
+    decode_s = min([timed(device, decode)[0] for _ in range(9)])
     return {
         "first_chunk_ms": 1000 * chunk_s[0],
         "chunk_ms_median": 1000 * np.median(chunk_s),
@@ -159,9 +156,7 @@ def film_row(checkpoint: Path, device: torch.device, make_codecs, *, mode, steps
     }
 
 
-def training_row(
-    checkpoint: Path, device: torch.device, make_codecs, *, objectives, batch, seconds
-) -> dict:
+def training_row(checkpoint: Path, device, make_codecs, *, objectives, batch, seconds) -> dict:
     """The parts of train.train_step(), from the checkpoint's weights."""
     args = train.build_parser().parse_args([])
     args.device, args.weights, args.extra = device, mf.WEIGHTS, None
@@ -170,8 +165,7 @@ def training_row(
         args.real, _ = sample.load_talker(checkpoint, make_codecs)
         args.weights = {"flow": 0.0, "shortcut": 0.0, "dmd": 1.0}
     stage = "joint" if objectives == "flow matching" else "mutual"
-    is_bf16 = runs.native_precision(device) == torch.bfloat16
-    args.precision = "bf16" if is_bf16 else "fp32"
+    args.precision = "bf16" if runs.native_precision(device) == torch.bfloat16 else "fp32"
     state = train.State(*sample.load_talker(checkpoint, make_codecs), stage, args)
     batches = Batches(state.cfg, talk, state.seed, [seconds], batch)
 
@@ -181,17 +175,12 @@ def training_row(
 
     turns = []
     for turn in range(4):  # the first warms up
-        laps = [clock(device)]
         with train.autocast(args):
-            x, controls = batches.latents(turn, state.codecs, device)
-        laps.append(clock(device))
-        loss = loss_of(x, controls)
-        laps.append(clock(device))
-        loss.backward()
-        laps.append(clock(device))
-        train.update(state, args)
-        laps.append(clock(device))
-        turns.append(np.diff(laps))
+            films_s, (x, controls) = timed(device, batches.latents, turn, state.codecs, device)
+        forward_s, loss = timed(device, loss_of, x, controls)
+        backward_s, _ = timed(device, loss.backward)
+        optimizer_s, _ = timed(device, train.update, state, args)
+        turns.append([films_s, forward_s, backward_s, optimizer_s])
     parts = 1000 * np.median(turns[1:], 0)
     names = ("films_ms", "forward_ms", "backward_ms", "optimizer_ms")
     row = dict(zip(names, parts)) | {"step_ms": parts.sum()}
@@ -212,8 +201,7 @@ for name in ("flow matching", "Mutual Forcing", "Self-Forcing"):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    about = "Measure the speed of films and of training steps, beside the machine's limit."
-    parser = argparse.ArgumentParser("lab.benchmark", description=about)
+    parser = argparse.ArgumentParser("lab.benchmark", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--checkpoint", type=Path, default=sample.SHIPPED, help="default: the shipped one")
     add("--device", help="default: cuda, else mps, else cpu")

@@ -5,7 +5,6 @@ Letters: F frames; h, w height and width of a part of the picture. Positions are
 a pixel. Colours are RGB in 0..1.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -32,14 +31,6 @@ class Look(NamedTuple):
     irises: np.ndarray  # (F, 2, 3), colours of the left and the right; NaN if the eye is not open
 
 
-class Stills(NamedTuple):
-    """What is read of the parts of a film that stand still."""
-
-    flicker: np.ndarray  # (F,), mean change of the background from the frame before, in grey levels
-    grain: np.ndarray  # (F,), standard deviation of the background, in grey levels
-    clothes: np.ndarray  # (seconds, h, w), mean brightness, in grey levels
-
-
 def to_units(frames: np.ndarray) -> np.ndarray:
     """Frames (F, image, image, 3) of any size -> (F, 64, 64, 3), the nearest pixels."""
     size = frames.shape[1]
@@ -52,8 +43,7 @@ def to_units(frames: np.ndarray) -> np.ndarray:
 def cut(pictures: np.ndarray, corner: np.ndarray, height: int, width: int) -> np.ndarray:
     """Windows (F, height, width, k) of pictures (F, h, w, k), with corners (F, 2) between pixels.
 
-    Pixels are interpolated linearly. A window that leaves its picture is moved back
-    into it.
+    Pixels are interpolated linearly. A window that leaves its picture is moved back into it.
     """
     limit = np.array(pictures.shape[1:3]) - (height + 1, width + 1)
     corner = np.clip(np.nan_to_num(corner), 0, limit)
@@ -91,11 +81,9 @@ def head_moves(frames: np.ndarray, middle: np.ndarray) -> np.ndarray:
     """
     edges = edges_of(frames)
     padded = np.pad(edges_of(middle[None])[0], [(REACH, REACH), (REACH, REACH), (0, 0), (0, 0)])
-    moved = []
-    for y in range(2 * REACH, -1, -1):
-        for x in range(2 * REACH, -1, -1):
-            moved.append(padded[y : y + 22, x : x + UNITS])
-    moved = np.stack(moved).reshape(len(moved), -1)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (22, UNITS), (0, 1))
+    moved = np.moveaxis(windows[::-1, ::-1], (2, 3), (4, 5))  # (moves, moves, 22, 64, 3, 2)
+    moved = moved.reshape((2 * REACH + 1) ** 2, -1)
     moved /= np.linalg.norm(moved, axis=1, keepdims=True) + 1e-6
     fit = (edges.reshape(len(edges), -1) @ moved.T).reshape(len(edges), 2 * REACH + 1, -1)
     return peak(fit) - REACH
@@ -106,15 +94,10 @@ def peak(fit: np.ndarray) -> np.ndarray:
     frames, height, width = fit.shape
     y, x = np.divmod(fit.reshape(frames, -1).argmax(1), width)
     y, x, frame = np.clip(y, 1, height - 2), np.clip(x, 1, width - 2), np.arange(frames)
-    at = fit[frame, y, x]
-    places = []
-    for best, before, after in (
-        (y, fit[frame, y - 1, x], fit[frame, y + 1, x]),
-        (x, fit[frame, y, x - 1], fit[frame, y, x + 1]),
-    ):
-        bend = np.maximum(2 * at - before - after, 1e-6)
-        places.append(best + np.clip(0.5 * (after - before) / bend, -0.5, 0.5))
-    return np.stack(places, 1)
+    before = np.stack([fit[frame, y - 1, x], fit[frame, y, x - 1]], 1)
+    after = np.stack([fit[frame, y + 1, x], fit[frame, y, x + 1]], 1)
+    bend = np.maximum(2 * fit[frame, y, x][:, None] - before - after, 1e-6)
+    return np.stack([y, x], 1) + np.clip(0.5 * (after - before) / bend, -0.5, 0.5)
 
 
 def unmix(pixels: np.ndarray, skin: np.ndarray) -> np.ndarray:
@@ -152,8 +135,7 @@ def asymmetry_of(windows: np.ndarray) -> np.ndarray:
 def find_irises(frames: np.ndarray, skin: np.ndarray) -> np.ndarray:
     """Colours (F, 2, 3) of the left and the right iris; NaN where the eye is not open.
 
-    Whites give the eye's centre. From there a small window moves to the centre of what
-    is dark.
+    Whites give the eye's centre. From there a small window moves to the centre of what is dark.
     """
     band = frames[:, 18:35].astype(np.float32) / 255
     dark = 1 - band.mean(-1, keepdims=True)
@@ -178,15 +160,13 @@ def find_irises(frames: np.ndarray, skin: np.ndarray) -> np.ndarray:
 def iris_kernel() -> np.ndarray:
     """Weights (5, 5) by which the pixels around an iris' centre add up to the iris' colour.
 
-    A pixel there is iris, pupil and white in known shares: a linear system for the
-    three colours.
+    A pixel there is iris, pupil and white in known shares: a linear system for the three colours.
     """
     y, x = np.mgrid[-3:4, -3:4]
     radius = np.sqrt(y**2 + x**2)
     pupil, disc = (np.clip(0.5 + size - radius, 0, 1) for size in (0.8, 1.9))
     shares = np.stack([disc - pupil, pupil, 1 - disc])
-    # cut() blurs: over all places between pixels, about a twelfth of a neighbour on
-    # either side.
+    # cut() blurs: over all places between pixels, about a twelfth of a neighbour on either side.
     shares = (shares[:, :-2] + 10 * shares[:, 1:-1] + shares[:, 2:]) / 12
     shares = (shares[..., :-2] + 10 * shares[..., 1:-1] + shares[..., 2:]) / 12
     inside = radius[1:-1, 1:-1] < 2.5
@@ -220,25 +200,26 @@ def look(frames: np.ndarray, middle: np.ndarray, skin: np.ndarray) -> Look:
     )
 
 
-def look_at(film: np.ndarray) -> list[Look]:
-    """A film uint8 (F, 64, 64, 3) -> a Look for each block of its frames, to save memory."""
+def look_at(film: np.ndarray) -> Look:
+    """A film uint8 (F, 64, 64, 3) -> its Look, read in blocks of frames to save memory."""
     skin, middle = skin_of(film), film[len(film) // 2]
     blocks = np.array_split(film, -(-len(film) // BLOCK))
-    return [look(block, middle, skin) for block in blocks]
+    looks = [look(block, middle, skin) for block in blocks]
+    return Look(*[np.concatenate(part) for part in zip(*looks)])
 
 
-def stills_of(film: np.ndarray, fps: int) -> Stills:
-    """A film uint8 (F, 64, 64, 3) -> what can be read of its background and clothes."""
+def stills_of(film: np.ndarray, fps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A film uint8 (F, 64, 64, 3) -> flicker (F,) and grain (F,) of its background, and its
+    clothes' mean brightness (seconds, h, w): all in grey levels."""
     sides = np.concatenate([film[:, 2:40, :6], film[:, 2:40, 58:]], 2).astype(np.int16)
     change = np.abs(np.diff(sides, axis=0, prepend=sides[:1])).mean((1, 2, 3))
-    # Light changes evenly from the top to the bottom: a line is fitted to the rows'
-    # means.
+    # Light changes evenly from the top to the bottom: a line is fitted to the rows' means.
     grey = sides.mean(-1)
     rows = np.stack([np.ones(38), np.linspace(-1, 1, 38)], 1)
     line = rows @ np.linalg.pinv(rows) @ grey.mean(2)[..., None]
     whole = film[: len(film) // fps * fps, 58:64, 21:43].mean(-1)
     clothes = whole.reshape(-1, fps, *whole.shape[1:]).mean(1)
-    return Stills(change, (grey - line).std((1, 2)), clothes)
+    return change, (grey - line).std((1, 2)), clothes
 
 
 def stripes_of(clothes: np.ndarray) -> np.ndarray:
@@ -268,13 +249,13 @@ def letter_groups() -> np.ndarray:
 class MouthReader:
     """Reads the group of letters from a mouth's picture, by linear discriminant analysis."""
 
-    def __init__(self, cfg: Config):
-        self.groups = letter_groups()
+    def __init__(self, image: int):
+        """Learn from pictures of this size, for a second."""
+        self.groups, cfg = letter_groups(), Config(image=image)
         pictures, groups = [], []
         for i in range(TEACHERS):
             film = talk(cfg, np.random.default_rng([2**40, 2, i]), 8 * cfg.fps)
-            for part in look_at(to_units(film.frames)):
-                pictures.append(part.mouths)
+            pictures.append(look_at(to_units(film.frames)).mouths)
             groups.append(self.groups[film.symbols[cfg.margin : -cfg.margin]])
         pictures, groups = np.concatenate(pictures), np.concatenate(groups)
         means = [pictures[groups == group].mean(0) for group in range(groups.max() + 1)]
@@ -286,9 +267,3 @@ class MouthReader:
     def read(self, mouths: np.ndarray) -> np.ndarray:
         """Pictures of mouths (F, k), from look() -> groups (F,)."""
         return (mouths @ self.weights - self.offset).argmax(1)
-
-
-@functools.cache
-def mouth_reader(image: int) -> MouthReader:
-    """The reader for pictures of this size; it learns for a second, once."""
-    return MouthReader(Config(image=image))

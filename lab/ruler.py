@@ -11,15 +11,7 @@ import numpy as np
 from data.codecs import Film
 from data.controls import ALPHABET
 from data.talker import LETTER_TABLE, draw_identity, mouth_of, pitch_of, voice
-from lab.looks import (
-    Look,
-    Stills,
-    look_at,
-    mouth_reader,
-    stills_of,
-    stripes_of,
-    to_units,
-)
+from lab.looks import Look, MouthReader, look_at, stills_of, stripes_of, to_units
 from mutual_forcing import Config, UserError
 
 FIGURES = {
@@ -46,26 +38,8 @@ FIGURES = {
     "flicker": "mean change of the background from one frame to the next, in grey levels",
     "grain": "standard deviation of the background around an even gradient, in grey levels",
 }
-DEFAULT_FIGURES = (  # those that say most; the others are shown with --all
-    "transcript_error",
-    "lip",
-    "sync",
-    "sync_lag_ms",
-    "identity_drift",
-    "loudness_db",
-    "letter_margin",
-    "letter_spread",
-    "palette",
-    "iris",
-    "iris_difference",
-    "saturation",
-    "stripes",
-    "mouth_letters",
-    "lopsided",
-    "lips_follow",
-    "flicker",
-    "grain",
-)
+MINOR = ("voice_drift", "motion", "frechet_video", "frechet_audio")  # shown with --all alone
+DEFAULT_FIGURES = [name for name in FIGURES if name not in MINOR]
 OF_CLIPS = ["identity_drift", "motion", "loudness_db", "frechet_video", "frechet_audio"]
 WINDOWS = ((0, 5), (5, 15), (15, 25))  # seconds
 LOPSIDED = 4.0  # grey levels of difference from the mirror image; talkers have less than 3
@@ -83,7 +57,9 @@ class Features(NamedTuple):
     video: np.ndarray  # (n, half seconds, k), for the Frechet distance
     audio: np.ndarray  # (n, half seconds, 30), likewise
     looks: Look  # each of its arrays (n, F, ...); mouths: the groups of letters that are read
-    stills: Stills  # each of its arrays (n, ...)
+    flicker: np.ndarray  # (n, F): change of the background from the frame before, in grey levels
+    grain: np.ndarray  # (n, F): deviation of the background from an even gradient, in grey levels
+    clothes: np.ndarray  # (n, seconds, h, w): mean brightness, in grey levels
 
 
 class Ruler:
@@ -106,7 +82,7 @@ class Ruler:
         self.pitches = np.stack(pitches)  # (templates,)
         self.templates = self.shape(np.stack(energies))  # (templates, bands)
         self.quiet = 0.3 * min(energy.sum() for energy in energies)  # less energy is silence
-        self.mouth_reader = mouth_reader(cfg.image)
+        self.mouth_reader = MouthReader(cfg.image)
 
     def energies(self, samples: np.ndarray) -> np.ndarray:
         """Samples (..., H hop) -> energies of bands of 128 Hz around the H - 1 borders of hops."""
@@ -188,6 +164,8 @@ class Ruler:
         frames = films.frames
         energy = self.energies(films.samples)[:, ::2]  # two hops a frame: around its middle
         letters, pitches, margins = self.hear(energy)
+        stills = [stills_of(to_units(film), self.cfg.fps) for film in frames]
+        flicker, grain, clothes = [np.stack(part) for part in zip(*stills)]
         return Features(
             mouths=self.mouths(frames),
             letters=letters,
@@ -197,23 +175,18 @@ class Ruler:
             video=self.video_features(frames),
             audio=self.audio_features(energy),
             looks=self.looks(frames),
-            stills=Stills(*stacked([stills_of(to_units(film), self.cfg.fps) for film in frames])),
+            flicker=flicker,
+            grain=grain,
+            clothes=clothes,
         )
 
     def looks(self, frames: np.ndarray) -> Look:
         """Frames (n, F, h, w, 3) -> what is read of every face; mouths as groups of letters."""
         films = []
         for film in frames:
-            parts = []
-            for part in look_at(to_units(film)):
-                parts.append(part._replace(mouths=self.mouth_reader.read(part.mouths)))
-            films.append([np.concatenate(arrays) for arrays in zip(*parts)])
-        return Look(*stacked(films))
-
-
-def stacked(rows: list) -> list[np.ndarray]:
-    """Rows of k arrays -> k arrays with a first axis for the rows."""
-    return [np.stack(arrays) for arrays in zip(*rows)]
+            look = look_at(to_units(film))
+            films.append(look._replace(mouths=self.mouth_reader.read(look.mouths)))
+        return Look(*[np.stack(part) for part in zip(*films)])
 
 
 def frechet(a: np.ndarray, b: np.ndarray, spread: np.ndarray) -> float:
@@ -235,15 +208,13 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 def lag_ms(picture: np.ndarray, sound: np.ndarray, fps: int) -> float:
     """By how many ms the sound's curve (n, F) comes after the picture's; see FIGURES.
 
-    A parabola through the best correlation and its neighbours gives the fraction of a
-    frame.
+    A parabola through the best correlation and its neighbours gives the fraction of a frame.
     """
     frames, reach, scores = picture.shape[1], 5, []
     for lag in range(-reach, reach + 1):
         early, late = max(0, -lag), max(0, lag)
-        scores.append(
-            correlation(picture[:, early : frames - late], sound[:, late : frames - early])
-        )
+        seen, heard = picture[:, early : frames - late], sound[:, late : frames - early]
+        scores.append(correlation(seen, heard))
     best = min(max(int(np.argmax(scores)), 1), 2 * reach - 1)
     before, at, after = scores[best - 1 : best + 2]
     bend = before - 2 * at + after
@@ -310,9 +281,8 @@ def palettes(features: Features, begin: int, end: int, fps: int) -> np.ndarray:
 def palette_distance(films: Features, others: Features, begin: int, end: int, fps: int) -> float:
     """Distance in grey levels of films' colours from others', from second begin to end.
 
-    It is the root of the mean Frechet distance of the five colours: if others have the
-    same colours but for a shift by d, it is d. One by one, they are compared well by a
-    few films.
+    It is the root of the mean Frechet distance of the five colours: if others have the same
+    colours but for a shift by d, it is d. One by one, they are compared well by a few films.
     """
     own, other = palettes(films, begin, end, fps), palettes(others, begin, end, fps)
     distances = [frechet(own[:, i], other[:, i], np.full(3, 1 / 255)) for i in range(5)]
@@ -354,19 +324,20 @@ def picture_figures(ruler: Ruler, films: Film, features: Features, begin: int, e
         "iris": 255 * np.ptp(eyes.mean(1), axis=-1).mean() if len(eyes) else None,
         "iris_difference": 255 * np.abs(eyes[:, 0] - eyes[:, 1]).mean() if len(eyes) else None,
         "saturation": (np.ptp(back, axis=-1) / (back.max(-1) + 1e-6)).mean(),
-        "stripes": stripes_of(features.stills.clothes[:, begin:end].mean(1)).mean(),
+        "stripes": stripes_of(features.clothes[:, begin:end].mean(1)).mean(),
         "mouth_letters": right.mean() if right.size else None,
         "lopsided": (looks.asymmetry > LOPSIDED).mean(),
         "lips_follow": lips_follow(looks, features.mouths[:, window] < CLOSED),
-        "flicker": features.stills.flicker[:, window].mean(),
-        "grain": features.stills.grain[:, window].mean(),
+        "flicker": features.flicker[:, window].mean(),
+        "grain": features.grain[:, window].mean(),
     }
 
 
-def score(ruler: Ruler, films: Film, reference: Film) -> dict[str, list]:
+def score(ruler: Ruler, films: Film, reference: Film, names=tuple(FIGURES)) -> dict[str, list]:
     """All FIGURES of stacked films: a number a window, None where it does not apply.
 
-    The first second is not scored. reference: other films, for the Frechet distances.
+    The first second is not scored. reference: other films, for the Frechet distances. names:
+    figures that apply to these films at all.
     """
     cfg, figures = ruler.cfg, {name: [] for name in FIGURES}
     features, others = ruler.read(films), ruler.read(reference)
@@ -387,6 +358,6 @@ def score(ruler: Ruler, films: Film, reference: Film) -> dict[str, list]:
             spread = other.std((0, 1)) + 1e-6
             row[f"frechet_{name}"] = frechet(own[:, halves], other[:, halves], spread)
         for name, values in figures.items():
-            value = row.get(name)
+            value = row.get(name) if name in names else None
             values.append(None if value is None else round(float(value), 4))
     return figures
