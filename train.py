@@ -20,17 +20,10 @@ import torch.distributed.checkpoint.state_dict as dcp
 from tqdm import tqdm
 
 import mutual_forcing as mf
-from data import runs
+from data import checkpoint, runs
 from data.batches import Batches, frames_of
-from data.checkpoint import (
-    load_checkpoint,
-    makes_films,
-    same_format,
-    save_checkpoint,
-    save_file,
-)
 from data.clips import drawer, fingerprint, load_clips
-from data.codecs import Codecs, make_codecs
+from data.codecs import make_codecs
 from data.controls import stream_film
 from data.writer import delayed_interrupt, film_strip
 from mutual_forcing import AudioVideoTransformer, Config, UserError
@@ -56,7 +49,7 @@ STAGES = {
 SNAPSHOT = 30  # minutes of training after which a checkpoint is kept, again and again
 LOG_EVERY = 20  # steps
 WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # for any number of processes
-FAKE_RATE = 5  # times lr: the fake score has to keep up with the few-step mode
+RATES = {"model": 1, "fake": 5}  # times lr: the fake score has to keep up with the few-step mode
 # What may differ when a run is resumed; all else decides which weights it ends with.
 FREE = ("resume", "overwrite", "out", "preset", "data", "device", "save", "from_scratch")
 TINY = "--steps 24 --batch 3 --seconds 1.5 2 --save 12"
@@ -69,25 +62,24 @@ class State:
     def __init__(self, model: AudioVideoTransformer, codecs, stage: str, args):
         self.stage, self.step, self.plan = stage, 0, plan_of(args, stage)
         self.seed = [args.seed, list(STAGES).index(stage), runs.process()[0]]
-        self.transformer, self.cfg = model, model.cfg
-        self.codecs = codecs.eval().requires_grad_(False).to(args.device)
+        self.whole = copy.deepcopy((model, codecs))  # undivided: save() fills it
+        self.cfg, self.codecs = model.cfg, codecs.eval().requires_grad_(False).to(args.device)
         self.model = codecs.video if stage == "codec" else model  # what this stage trains
         self.model.train().requires_grad_(True)
         self.ema = copy.deepcopy(self.model).requires_grad_(False)
-        self.whole = copy.deepcopy(self.ema)  # in one process: for checkpoints
-        self.nets, self.rates = {"model": self.model, "ema": self.ema}, {"model": self.plan.lr}
-        teacher = args.real if stage == "mutual" else None
-        self.real, self.fake = teacher or self.ema, None
-        if stage == "mutual" and args.weights["dmd"]:
-            self.fake = copy.deepcopy(teacher or model).requires_grad_(True)
-            self.nets["fake"], self.rates["fake"] = self.fake, FAKE_RATE * self.plan.lr
-        for net in [*self.nets.values(), *([teacher] if teacher else [])]:
+        self.nets, self.real = {"model": self.model, "ema": self.ema}, self.ema
+        if stage == "mutual":
+            self.real = args.real or self.ema
+            if args.weights["dmd"]:
+                self.nets["fake"] = copy.deepcopy(self.real).requires_grad_(True)
+        for net in dict.fromkeys([*self.nets.values(), self.real]):  # each of them once
             net.to(args.device)
             if runs.process()[1] > 1:
                 runs.shard(net, args.device)
         self.optimizers, paper = {}, {"betas": (0.9, 0.95), "weight_decay": 0.02, "fused": True}
-        for name in self.rates:
-            self.optimizers[name] = torch.optim.AdamW(self.nets[name].parameters(), **paper)
+        for name, net in self.nets.items():
+            if name in RATES:
+                self.optimizers[name] = torch.optim.AdamW(net.parameters(), **paper)
 
     def content(self) -> dict:
         """Plain types and whole tensors: any number of processes can go on from them."""
@@ -109,13 +101,14 @@ class State:
 def losses_of(state: State, x: torch.Tensor, controls, args) -> tuple[dict, dict]:
     """The losses of a training step by term, and values to log."""
     if state.stage == "mutual":
-        nets = {"teacher": state.ema, "real_score": state.real, "fake_score": state.fake}
+        nets = {"teacher": state.ema, "real_score": state.real}
+        nets["fake_score"] = state.nets.get("fake")  # None without DMD
         # A rollout has 4 or 8 steps at random, the same in all processes.
         steps = int(np.random.default_rng([args.seed, state.step]).choice([4, 8]))
         options = {"weights": args.weights, "extra": args.extra, "guidance": args.guidance}
         options |= {"self_made": args.history != "real", "start_index": int(args.history == "late")}
-        options |= {"bidirectional": args.real_is_whole}
-        return mf.mutual_forcing_loss(state.model, x, controls, steps=steps, **nets, **options)
+        options |= {"steps": steps, "bidirectional": args.real_is_whole}
+        return mf.mutual_forcing_loss(state.model, x, controls, **nets, **options)
     history, coupled = None if args.whole else x, state.stage != "unimodal"
     loss, logs = mf.flow_matching_loss(state.model, x, history, controls, coupled=coupled)
     return {"flow": loss}, logs
@@ -162,7 +155,7 @@ def update(state: State, args) -> dict[str, float]:
             last = f"{args.out / state.stage}.pt, if it exists, is the last good checkpoint"
             raise UserError(f"a gradient is not finite at step {state.step}; {last}")
         for group in optimizer.param_groups:
-            group["lr"] = state.rates[name] * rate
+            group["lr"] = RATES[name] * plan.lr * rate
     for optimizer in state.optimizers.values():
         optimizer.step()
         optimizer.zero_grad()
@@ -179,19 +172,18 @@ def update(state: State, args) -> dict[str, float]:
 def train_stage(state: State, args) -> None:
     """Train a stage to its end. After a Ctrl-C save the current step; KeyboardInterrupt."""
     is_first = runs.process()[0] == 0  # it alone logs and, on a terminal, shows a bar
-    steps, seconds, batch = state.plan.steps, state.plan.seconds, state.plan.batch
-    draw = drawer(args.clips, state.stage)
-    batches = Batches(state.cfg, draw, state.seed, seconds, batch, args.accumulate)
+    plan, draw = state.plan, drawer(args.clips, state.stage)
+    batches = Batches(state.cfg, draw, state.seed, plan.seconds, plan.batch, args.accumulate)
     hidden = not is_first or None
-    bar = tqdm(total=steps, initial=state.step, desc=state.stage, disable=hidden)
+    bar = tqdm(total=plan.steps, initial=state.step, desc=state.stage, disable=hidden)
     with bar, delayed_interrupt() as interrupted:
-        while state.step < steps:
+        while state.step < plan.steps:
             began = time.perf_counter()
             logs = train_step(state, batches, args)
             logs["seconds"] = time.perf_counter() - began
             bar.update()
             bar.set_postfix(loss=f"{logs['loss']:.3f}")
-            if is_first and (state.step % LOG_EVERY == 0 or state.step in (1, steps)):
+            if is_first and (state.step % LOG_EVERY == 0 or state.step in (1, plan.steps)):
                 entry = {name: round(value, 5) for name, value in logs.items()}
                 with open(args.out / "log.jsonl", "a") as log:
                     entry = {"stage": state.stage, "step": state.step} | entry
@@ -201,35 +193,34 @@ def train_stage(state: State, args) -> None:
             is_due = before // SNAPSHOT < sum(args.minutes.values()) // SNAPSHOT
             is_due = runs.any_process(is_due, args.device)
             stop = runs.any_process(interrupted, args.device)
-            if stop or is_due or state.step % args.save == 0 or state.step == steps:
+            if stop or is_due or state.step % args.save == 0 or state.step == plan.steps:
                 save(state, args, is_due)
             if stop:
                 print("saved; --resume goes on with the same command", file=sys.stderr)
                 raise KeyboardInterrupt
 
 
-def save(state: State, args, is_due: bool = False) -> None:
+def save(state: State, args, is_due: bool) -> None:
     """Write the EMA weights, all that --resume needs, and a film strip (first process alone).
 
     is_due: keep the EMA weights also under the number of minutes of training so far.
     """
     content = state.content()
     if runs.process()[0] == 0:
-        state.whole.load_state_dict(content["ema"][0])
-        model, codecs = state.whole, state.codecs
-        if state.stage == "codec":
-            model, codecs = state.transformer, Codecs(state.whole, state.codecs.audio)
+        model, codecs = state.whole
+        trained = codecs.video if state.stage == "codec" else model
+        trained.load_state_dict(content["ema"][0])
         extra = {"stage": state.stage, "step": state.step, "seed": args.seed, "whole": args.whole}
         extra |= {"command": args.command, "commit": args.commit, "minutes": args.minutes}
-        save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
+        checkpoint.save_checkpoint(args.out / f"{state.stage}.pt", model, codecs, extra)
         if is_due:
             name = f"after-{sum(args.minutes.values()):03.0f}-minutes.pt"
-            save_checkpoint(args.out / name, model, codecs, extra)
+            checkpoint.save_checkpoint(args.out / name, model, codecs, extra)
         log_size = (args.out / "log.jsonl").stat().st_size
         content |= {"settings": args.settings, "log_size": log_size, "minutes": args.minutes}
-        save_file(args.out / "resume.pt", content)
+        checkpoint.save_file(args.out / "resume.pt", content)
         if state.stage in ("joint", "mutual") and not args.whole:  # else it cannot stream
-            film = stream_film(model.to(args.device), codecs, seconds=6)
+            film = stream_film(model.to(args.device), state.codecs, seconds=6)
             iio.imwrite(args.out / f"{state.stage}.png", film_strip(list(film), state.cfg))
     runs.any_process(False, args.device)  # the others wait until the first has written
 
@@ -243,11 +234,11 @@ def plan_of(args, stage: str) -> Plan:
 
 def check(args, cfg: Config, stages: list[str]) -> None:
     """Raise UserError for options that do not fit each other or the model."""
-    is_first = args.stage in ("all", next(iter(STAGES)))
-    if not (is_first or args.init or args.resume or args.from_scratch):
+    has_start = args.init or args.resume or args.from_scratch
+    if args.stage not in ("all", "codec") and not has_start:
         raise UserError(f"--stage {args.stage}: needs --init (the stage before), or --from-scratch")
-    if args.init and args.stage == "all":
-        raise UserError("--init: needs --stage, the one that starts from it")
+    if args.init and (args.stage == "all" or args.config):
+        raise UserError("--init: needs --stage, and no --config, because it has its own sizes")
     if args.whole and "mutual" in stages:
         raise UserError("--whole: is for a teacher's stages: unimodal and joint")
     if "mutual" not in stages and (args.teacher or args.history != "few" or args.guidance != 1):
@@ -272,14 +263,11 @@ def run(args, make_codecs) -> None:
     content, args.lock = runs.prepare_folder(args.out, args.resume, args.overwrite, args.device)
     stages = list(STAGES) if args.stage == "all" else [args.stage]
     torch.manual_seed(args.seed % 2**63)
-    if content:
-        model, codecs, _ = load_checkpoint(args.out / f"{content['stage']}.pt", make_codecs)
-    elif args.init:
-        model, codecs, extra = load_checkpoint(args.init, make_codecs)
-        if args.config:
-            raise UserError("--config: the sizes are those of --init")
-        if stages == ["mutual"] and not makes_films(extra):
-            raise UserError(f"{args.init}: is no end of stage 2")
+    start = args.out / f"{content['stage']}.pt" if content else args.init
+    if start:
+        model, codecs, extra = checkpoint.load_checkpoint(start, make_codecs)
+        if stages == ["mutual"] and not checkpoint.makes_films(extra):
+            raise UserError(f"{start}: is no end of stage 2")
     else:
         model = AudioVideoTransformer(runs.read_config(args.config))
         codecs = make_codecs(model.cfg)
@@ -291,9 +279,9 @@ def run(args, make_codecs) -> None:
     check(args, cfg, stages)
     args.real, args.real_is_whole, args.clips = None, False, None
     if args.teacher:
-        args.real, _, extra = load_checkpoint(args.teacher, make_codecs)
+        args.real, _, extra = checkpoint.load_checkpoint(args.teacher, make_codecs)
         args.real_is_whole = bool(extra.get("whole"))
-        if not same_format(cfg, args.real.cfg):
+        if not checkpoint.same_format(cfg, args.real.cfg):
             raise UserError(f"{args.teacher}: makes films of another format than the model")
     if args.data:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
@@ -309,19 +297,17 @@ def run(args, make_codecs) -> None:
             raise UserError(f"--resume: this run was started with other {', '.join(changed)}")
         stages = stages[stages.index(content["stage"]) :]
     args.minutes, args.commit = content["minutes"] if content else {}, runs.commit()
-    size = sum(x.numel() for x in model.parameters())
-    state = State(model, codecs, stages[0], args)
-    if content:
-        state.restore(content)
     if runs.process()[0] == 0:
+        size = sum(x.numel() for x in model.parameters())
         print(f"{size / 1e6:.2f} M parameters, {args.settings}", file=sys.stderr)
         runs.begin_log(args.out / "log.jsonl", content)
     for stage in stages:
-        if stage != stages[0]:
-            # The next stage starts from the EMA weights, as saved.
-            model, codecs, _ = load_checkpoint(args.out / f"{state.stage}.pt", make_codecs)
-            state = State(model, codecs, stage, args)
+        state = State(model, codecs, stage, args)
+        if content and content["stage"] == stage:
+            state.restore(content)
         train_stage(state, args)
+        # The next stage starts from the EMA weights, as saved.
+        model, codecs, _ = checkpoint.load_checkpoint(args.out / f"{stage}.pt", make_codecs)
     if runs.process()[0] == 0:
         times = ", ".join(f"{stage} {minutes:.0f}" for stage, minutes in args.minutes.items())
         print(f"minutes: {times}; {args.out / stages[-1]}.pt is ready", file=sys.stderr)

@@ -1,5 +1,4 @@
-"""Films, and the two codecs that turn them into latents and back. A fork replaces the codecs: see
-make_codecs.
+"""Films, and the two codecs that turn them into latents and back; a fork passes other codecs.
 
 Letters as in mutual_forcing.py: B films, F frames, S latent frames, N tokens of one branch in a
 latent frame.
@@ -28,13 +27,11 @@ class Film(NamedTuple):
 class Codecs(nn.Module):
     """The two codecs of a model (the paper: two VAEs).
 
-    Both are modules with encode(film) -> latents, and decode_next(latents, state) ->
-    (part of the film, state), which decodes a film chunk by chunk: state is None for
-    the first chunk, and then what the last call returned.
-    Latents have about unit variance. video: uint8 frames (B, F, image, image, 3) and
-    latents (B, S, N, video_dim). audio: float32 samples (B, n) and latents (B, S, N,
-    audio_dim); its state is samples (B, m) that are not returned yet; the last ones end
-    the film.
+    Both are modules with encode(film) -> latents, and decode_next(latents, state) -> (part of the
+    film, state), which decodes a film chunk by chunk: state is None for the first chunk, and then
+    what the last call returned. Latents have about unit variance. video: uint8 frames (B, F, image,
+    image, 3) and latents (B, S, N, video_dim). audio: float32 samples (B, n) and latents (B, S, N,
+    audio_dim); its state is samples (B, m) that are not returned yet; the last ones end the film.
     """
 
     def __init__(self, video: nn.Module, audio: nn.Module):
@@ -64,12 +61,11 @@ class ResidualBlock(nn.Module):
 class VideoCodec(nn.Module):
     """A small video VAE (the paper has Wan 2.2's): each frame alone becomes a grid of cells.
 
-    A video token holds 4 x 4 cells of each frame of a latent frame. Our choice: frames
-    are encoded one by one, because an encoder of pairs shares one mouth between its
-    frames. Nothing is carried from one latent frame to the next, so a film is decoded
-    as it comes. Latents are the encoder's means, normalised by running statistics of
-    training. Our choice: of a latent frame's later frames they hold the change,
-    enlarged, because neighbours are nearly alike.
+    A video token holds 4 x 4 cells of each frame of a latent frame. Our choice: frames are encoded
+    one by one, because an encoder of pairs shares one mouth between its frames. Nothing is carried
+    from one latent frame to the next, so a film is decoded as it comes. Latents are the encoder's
+    means, normalised by running statistics of training. Our choice: of a latent frame's later
+    frames they hold the change, enlarged, because neighbours are nearly alike.
     """
 
     def __init__(self, cfg: Config, fine: int = 48, coarse: int = 128):
@@ -128,20 +124,17 @@ class VideoCodec(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """A whole film, uint8 (B, F, image, image, 3) -> latents (B, S, N, video_dim)."""
         _, mean, _ = self.distribution(frames)
-        x = (mean - self.mean) / self.std
-        x = x.unflatten(0, (len(frames), -1, self.cfg.step_frames))  # (B, S, frames, C, side, side)
+        x = F.pixel_unshuffle((mean - self.mean) / self.std, CELLS)  # now a pixel is a token
+        x = x.unflatten(0, (len(frames), -1, self.cfg.step_frames))  # (B, S, frames, C, grid, grid)
         x = torch.cat([x[:, :, :1], CHANGE * x.diff(dim=2)], 2)
-        # (B, S, frames, C, grid, CELLS, grid, CELLS)
-        x = x.unflatten(5, (-1, CELLS)).unflatten(4, (-1, CELLS))
-        return x.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(2, 3)
+        return x.flatten(4).flatten(2, 3).mT.contiguous()
 
     def decode_next(self, latents: Tensor, state=None) -> tuple[Tensor, None]:
         """The next latent frames (B, S, N, video_dim) of a film -> their uint8 frames, no state."""
-        cfg, sizes = self.cfg, (self.cfg.step_frames, -1, CELLS, CELLS)
-        x = latents.unflatten(2, (cfg.grid, -1)).unflatten(4, sizes)
-        x = x.permute(0, 1, 4, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5)
+        # (B, S, frames, C, grid, grid)
+        x = latents.mT.unflatten(2, (self.cfg.step_frames, -1)).unflatten(4, (self.cfg.grid, -1))
         x = torch.cat([x[:, :, :1], x[:, :, 1:] / CHANGE], 2).cumsum(2)
-        x = x.flatten(0, 2) * self.std + self.mean  # (B F, C, side, side)
+        x = F.pixel_shuffle(x.flatten(0, 2), CELLS) * self.std + self.mean
         pixels = ((self.decoder(x.to(self.mean)) + 1) * 127.5).round().clamp(0, 255)
         pixels = pixels.to(torch.uint8).permute(0, 2, 3, 1)
         return pixels.unflatten(0, (len(latents), -1)), None
@@ -150,9 +143,9 @@ class VideoCodec(nn.Module):
 class AudioCodec(nn.Module):
     """Samples to companded MDCT spectra and back, exactly (the paper has an audio VAE).
 
-    Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; the
-    aliases of neighbours cancel. A coefficient c becomes sign(c) |c|^compand: otherwise
-    a few peaks own the whole loss.
+    Spectrum k covers samples [(k - 1) hop, (k + 1) hop) under a sine window; the aliases of
+    neighbours cancel. A coefficient c becomes sign(c) |c|^compand: otherwise a few peaks own the
+    whole loss.
     """
 
     COMPAND, SCALE = 0.35, 6.4  # exponent; gain to about unit variance
@@ -183,9 +176,8 @@ class AudioCodec(nn.Module):
     def decode_next(self, latents: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The next latent frames (B, S, N, audio_dim) of a film -> its next samples, and the state.
 
-        The state is the samples (B, hop) that are still due: the next call adds to
-        them, and at the end of a film they are its last. So the first call of a film
-        (tail None) returns one hop less.
+        The state is the samples (B, hop) that are still due: the next call adds to them, and at
+        the end of a film they are its last. So the first call (tail None) returns one hop less.
         """
         m = self.cfg.hop
         latents = latents.to(self.basis)

@@ -69,12 +69,10 @@ def seconds_before_damage(path: Path, stream: str) -> float:
 def stream_options(cfg: Config) -> dict[str, list[str]]:
     """How ffmpeg brings each stream to the model's format."""
     n = cfg.image
-    # dar is width / height as shown: pixels need not be square. The shorter side
-    # becomes n.
+    # dar is width / height as shown: pixels need not be square. The shorter side becomes n.
     size = f"scale=w='max({n},round({n}*dar))':h='max({n},round({n}/dar))',crop={n}:{n}"
     filters = f"bwdif=mode=send_frame:deint=interlaced,fps={cfg.fps},{size}"
-    # With async=1:first_pts=0, sound that begins late or has gaps is filled up with
-    # silence.
+    # With async=1:first_pts=0, sound that begins late or has gaps is filled up with silence.
     resample = ["-af", "aresample=async=1:first_pts=0", "-ac", "1", "-ar", str(cfg.sample_rate)]
     return {
         PICTURE: ["-vf", filters, "-f", "rawvideo", "-pix_fmt", "rgb24"],

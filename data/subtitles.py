@@ -18,12 +18,10 @@ import numpy as np
 from data.controls import spell
 from mutual_forcing import Config
 
-# A time: hours (may be absent), minutes, seconds, and a decimal fraction of any number
-# of digits.
+# A time: hours (may be absent), minutes, seconds, and a decimal fraction of any number of digits.
 TIME = re.compile(r"(?:([0-9]+)\s*:\s*)?([0-9]+)\s*:\s*([0-9]+)(?:\s*[.,:]\s*([0-9]+))?")
 WORD_TIME = re.compile(r"<([0-9]+:[0-9:]+[.,][0-9]+)>")  # when the next words of a caption begin
-# The tags of both formats, and commands such as {\an8}; all else between brackets is
-# text.
+# The tags of both formats, and commands such as {\an8}; all else between brackets is text.
 SHORT_TAG = r"</?(?:[bicus]|ruby|rt|em|strong)(?:\.[^<>\s]*)?>"
 LONG_TAG = r"</?(?:v|lang|font|span)(?:[\s.][^<>]*)?>"
 MARKUP = re.compile(rf"{SHORT_TAG}|{LONG_TAG}|\{{\\[^{{}}]*\}}", re.IGNORECASE)
@@ -52,8 +50,7 @@ class Phrase(NamedTuple):
 
 def decode_text(data: bytes) -> str:
     """The text of a file in UTF-8, UTF-16 or UTF-32, with or without a mark, or in Latin-1."""
-    # Times are ASCII: in the wider encodings most bytes of them are zero, always the
-    # same ones.
+    # Times are ASCII: in the wider encodings most bytes of them are zero, always the same ones.
     zeros = [data[place::4].count(0) for place in range(4)]
     if sum(zeros) > len(data) // 8:
         width = 32 if min(zeros[1:3]) > len(data) // 32 else 16
@@ -79,8 +76,7 @@ def seconds_of(match: re.Match | None) -> float | None:
 def read_times(line: str, before: str) -> tuple[float | None, float | None] | None:
     """The line that begins a cue -> its begin and end in seconds; None for any other line.
 
-    Both are None if it was to be such a line, by its looks and by the line before, but
-    is damaged.
+    Both are None if it was to be such a line, by its looks and by the line before, but is damaged.
     """
     if "-->" not in line and not line[:1].isdigit():
         return None
@@ -150,8 +146,7 @@ def is_speakable(text: str, cfg: Config) -> bool:
 def without_repeats(cues: list[Cue]) -> list[Cue]:
     """The cues; of captions that roll up, without the lines that a cue repeats from the last one.
 
-    Captions roll up if words have times of their own, or if many cues repeat some of
-    their lines.
+    Captions roll up if words have times of their own, or if many cues repeat some of their lines.
     """
     shorter, shown, rolling, is_timed = [], [], 0, False
     for cue in cues:

@@ -19,11 +19,10 @@ from mutual_forcing import Config, UserError
 NAMES = Config().characters  # the named characters; len(NAMES) as an index: an unknown person
 SILENCE = Config().silence  # a symbol; those below it are the letters
 
-# How a letter looks and sounds: the mouth's opening and width (0..1), two resonances
-# (Hz) and the loudness of the voice (0..1), the centre (Hz), bandwidth (Hz) and
-# loudness (0..1) of a noise. Vowels are those of Peterson and Barney (1952), men: hod,
-# head, heed, hawed, who'd. Consonants are near the values of Klatt (1980), chosen
-# apart; j as in French, q as a deep k, x as in Scots loch.
+# How a letter looks and sounds: the mouth's opening and width (0..1), two resonances (Hz) and the
+# loudness of the voice (0..1), the centre (Hz), bandwidth (Hz) and loudness (0..1) of a noise.
+# Vowels are those of Peterson and Barney (1952), men: hod, head, heed, hawed, who'd. Consonants are
+# near the values of Klatt (1980), chosen apart; j as in French, q as a deep k, x as in Scots loch.
 Letter = namedtuple("Letter", "opening width formant_1 formant_2 voice centre bandwidth noise")
 LETTER_TABLE = {
     "a": Letter(1.00, 0.55,  730, 1090, 1.0,     0,   1, 0.00),
@@ -170,8 +169,7 @@ def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarr
     noise_hz = np.arange(hop + 1) * rate / (2 * hop)
     voiced, noisy = timbre(harmonics * rate / hop, noise_hz, who.tilt)
 
-    # The voice: one hop of sound for each border, repeated, and faded into the next
-    # border's.
+    # The voice: one hop of sound for each border, repeated, and faded into the next border's.
     phases = np.pi * harmonics**2 / harmonics[-1]  # spread out, so that peaks do not add up
     angles = 2 * np.pi * np.outer(harmonics, np.arange(hop)) / hop + phases[:, None]
     amplitudes = (weights @ voiced).astype(np.float32)
@@ -179,8 +177,7 @@ def voice(rng: Generator, who: Identity, symbols: ndarray, cfg: Config) -> ndarr
     fade = np.linspace(0, 1, hop, endpoint=False, dtype=np.float32)
     sound = (1 - fade) * periods[:-1] + fade * periods[1:]  # (2 F, hop)
 
-    # The noise: two hops around each border, under a sine window; neighbours overlap by
-    # a hop.
+    # The noise: two hops around each border, under a sine window; neighbours overlap by a hop.
     size = (len(weights), hop + 1)
     spectra = rng.standard_normal(size) + 1j * rng.standard_normal(size)
     window = np.sin(np.pi * np.arange(2 * hop) / (2 * hop))
@@ -217,8 +214,8 @@ def draw_moves(rng: Generator, frames: int, fps: int) -> dict[str, ndarray]:
     for f in range(frames):
         if rng.random() < 1 / (2.5 * fps):
             lids[f : f + 3] = np.maximum(lids[f : f + 3], (0.6, 1.0, 0.5))
-        new_gaze = f == 0 or rng.random() < 1 / fps
-        gaze[f] = rng.uniform(-1, 1, 2) if new_gaze else gaze[f - 1]
+        if f == 0 or rng.random() < 1 / fps:
+            gaze[f:] = rng.uniform(-1, 1, 2)
     sway = wander(rng, frames, fps, 2.5)  # of the head, to the right
     nod = wander(rng, frames, fps, 2.0)  # of the head, down
     return {"sway": sway, "nod": nod, "lids": lids[:frames], "gaze": gaze}
@@ -272,8 +269,7 @@ def draw_frames(who: Identity, moves: dict[str, ndarray], mouth: ndarray, size: 
     film = np.repeat(draw_still(who, size)[None], len(mouth), axis=0)
     radius = 13 + 4 * who.face_width  # half of the face's width
 
-    # Each part is drawn in a rectangle that it cannot leave, the furthest first: hair,
-    # then face.
+    # Each part is drawn in a rectangle that it cannot leave, the furthest first: hair, then face.
     pixels, y, x = head_box(film, moves, 4, 54, 8, 56)
     coarse, phase, fringe_phase = who.texture[3:]
     strands = 0.8 + 0.2 * np.sin(TURN * ((x + 0.25 * y) / (6 + 4 * coarse) + phase))
