@@ -1,8 +1,8 @@
 """Type, and it speaks: `python -m lab.live` serves a page on which a character says what is typed.
 
-The page asks for a chunk shortly before the sound of the last one ends, and no chunk is made before
-it is asked for: a text is spoken from the next chunk on. Each request has a thread of its own. One
-more thread, the maker, does all that reads or changes a film.
+The page asks for a chunk shortly before the sound of the last one ends, and none is made earlier: a
+text is spoken from the next chunk on. Each request has a thread of its own. One more thread, the
+maker, does all that reads or changes a film.
 """
 
 import argparse
@@ -27,7 +27,6 @@ from data.writer import FilmWriter
 from mutual_forcing import Config, UserError
 from sample import SHIPPED, load_talker
 
-PATHS = "/begin", "/chunk", "/say", "/save"  # each is named after a method of LiveFilm
 LONGEST_BODY, LONGEST_TEXT = 4096, 500  # bytes; letters
 MOST_FILMS, KEPT_SECONDS = 4, 60  # films at a time; what can be saved of each
 LEFT_SECONDS = 3  # a film that no page has asked for so long gives way to a new one
@@ -52,8 +51,7 @@ class LiveFilm:
     def begin(self, frame: int | None = None, **settings) -> bytes:
         """Begin a stream, maybe at the picture of a kept frame. settings: character, steps, seed."""
         if frame is not None:
-            chunk = (frame - self.num_frames) // self.cfg.chunk_frames  # counted from the last
-            frames, _ = self.kept[chunk]
+            frames, _ = self.kept[(frame - self.num_frames) // self.cfg.chunk_frames]
             settings["first_frame"] = frames[frame % self.cfg.chunk_frames]
         settings |= {"transcript": self.transcript(), "seconds": 24 * 3600}
         self.stream = stream_film(self.model, self.codecs, **settings)
@@ -64,9 +62,8 @@ class LiveFilm:
         symbols = spell(text.strip() + " ")
         if len(text) > LONGEST_TEXT or set(symbols) == {self.cfg.silence}:
             raise UserError(f"a text needs a letter from a to z, and has at most {LONGEST_TEXT}")
-        first_frame = len(self.symbols)
         self.symbols += symbols
-        return str(first_frame).encode()
+        return str(len(self.symbols) - len(symbols)).encode()
 
     def chunk(self) -> bytes:
         """The next chunk: its index (uint32), samples (float32), frames and their symbols (uint8)."""
@@ -90,11 +87,10 @@ class LiveFilm:
 def film_file(kept: list, cfg: Config) -> bytes:
     """An mp4 of what is kept. Silence stands for its last samples, which the stream returns later."""
     frames, samples = map(np.concatenate, zip(*kept))
-    samples = np.pad(samples[cfg.hop :], (0, cfg.hop))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "film.mp4")
         with closing(FilmWriter(out, cfg)) as writer:
-            writer.add(frames, samples)
+            writer.add(frames, np.pad(samples[cfg.hop :], (0, cfg.hop)))
             writer.finish()
         return out.read_bytes()
 
@@ -107,12 +103,11 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length", 0))
         # A body that is refused is read, too: a page that still sends reads no answer.
         status, content = self.answer(self.rfile.read(min(length, 2**20)))
-        with suppress(ConnectionError):  # the page may leave at any time
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html" if self.path == "/" else "text/plain")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+        self.send_response(status)
+        self.send_header("Content-Type", "text/html" if self.path == "/" else "text/plain")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
 
     do_POST = do_GET
 
@@ -129,7 +124,7 @@ class Handler(BaseHTTPRequestHandler):
             return 413, b"a request has at most %d bytes" % LONGEST_BODY
         if self.path == "/":
             return 200, self.server.page
-        if self.path not in PATHS:
+        if self.path not in ("/begin", "/chunk", "/say", "/save"):  # the methods of LiveFilm
             return 404, b"there is no such path"
         try:
             asked = json.loads(body)
@@ -162,6 +157,11 @@ class Server(ThreadingHTTPServer):
         if not 0 <= args.port < 2**16:
             raise UserError("--port is between 0 and 65535")
         super().__init__(("127.0.0.1", args.port), Handler)
+
+    def handle_error(self, *request) -> None:
+        """Print a traceback, unless it only says that a page has left."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*request)
 
     def act(self, path: str, film: str = "", **asked):
         """What a film does that a page asks for, in the maker. Raises UserError."""

@@ -598,16 +598,32 @@ def test_a_live_film_that_no_page_asks_for_makes_room(live_server):
     assert status == 400 and b"has ended" in line
 
 
-def test_a_page_that_leaves_is_no_bug(live_server, capfd):
+def test_a_page_that_leaves_is_no_bug(live_server, capfd, monkeypatch):
     server, ask = live_server
     film = begun(ask, "a")
-    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as page:
-        body = json.dumps({"film": film}).encode()
-        page.sendall(
-            b"POST /chunk HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n" % len(body)
-        )
-        page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
-        page.sendall(b"\r\n" + body)
+    body = json.dumps({"film": film}).encode()
+    head = b"POST /chunk HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    act, shutdown_request = server.act, server.shutdown_request
+    asked, left, ended = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def act_later(*given, **options):
+        asked.set()
+        assert left.wait(20)
+        return act(*given, **options)
+
+    def end_request(request):
+        shutdown_request(request)
+        ended.release()
+
+    monkeypatch.setattr(server, "act", act_later)
+    monkeypatch.setattr(server, "shutdown_request", end_request)
+    for sent in (head + body, head):  # one page waits for its answer, one has not asked to the end
+        with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as page:
+            page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+            page.sendall(sent)
+            assert sent == head or asked.wait(20)
+        left.set()
+        assert ended.acquire(timeout=20)
     read_chunks(ask, film, 1, 2)
     assert capfd.readouterr().err == ""
 
