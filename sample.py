@@ -76,7 +76,7 @@ def make_film(args, make_codecs) -> int:
         else:
             film = stream_film(model, codecs, **settings)
         first_chunk = next(film)  # or what is wrong with the settings
-        first_chunk_ms = 1000 * (time.perf_counter() - loaded)
+        first_chunk_ms = 1000 * (time.perf_counter() - loaded - (typed.waited if typed else 0))
         num_frames = None if typed else round(settings["seconds"] * cfg.fps)
         writer = FilmWriter(args.out, cfg)
         try:

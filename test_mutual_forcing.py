@@ -589,6 +589,9 @@ def test_checkpoint_round_trip_is_atomic_and_safe(tmp_path, monkeypatch):
         assert not any(weight.requires_grad for weight in new.parameters())
         for name, weight in old.state_dict().items():
             assert torch.equal(new.state_dict()[name], weight.half().float())
+    codecs.video.register_buffer("count", torch.tensor(70001))  # not a number of half precision
+    checkpoint.save_checkpoint(path, model, codecs)
+    assert checkpoint.load_file(path)["codecs"]["video.count"] == 70001
     before = path.read_bytes()
     with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
         broken.setattr(Path, "write_bytes", lambda part, data: part.write_text("half") / 0)

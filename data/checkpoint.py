@@ -62,7 +62,10 @@ def save_checkpoint(path, model: AudioVideoTransformer, codecs: Codecs, extra: d
     """
     content = {"config": asdict(model.cfg), "extra": extra or {}}
     for name, module in (("model", model), ("codecs", codecs)):
-        content[name] = {key: x.half() for key, x in module.state_dict().items()}
+        weights = module.state_dict()
+        content[name] = {
+            key: x.half() if x.is_floating_point() else x for key, x in weights.items()
+        }
         for key, x in content[name].items():
             if not x.isfinite().all():
                 raise CheckpointError(f"{key} is not finite in half precision; {path} not written")

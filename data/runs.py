@@ -53,12 +53,22 @@ def exit_code(name: str, command) -> int:
 
 
 def start_processes(device: torch.device) -> torch.device:
-    """Join the other processes if torchrun started this one; returns its own device."""
+    """Join the other processes if torchrun started this one; returns its own device.
+
+    Raises UserError if there is none for it.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device, count = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])),
+            torch.cuda.device_count(),
+        )
+        if device.index >= count:
+            raise UserError(f"a GPU for each process: this machine has {count}")
         torch.cuda.set_device(device)
+    elif device.type != "cpu":
+        raise UserError(f"several processes cannot share {device.type}; --device cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -98,7 +108,7 @@ def read_config(pairs: list[str]) -> Config:
     for pair in pairs:
         name, _, value = pair.partition("=")
         number = value.replace(".", "", 1) if kinds.get(name) is float else value
-        if kinds.get(name) not in (int, float) or not number.isdigit():
+        if kinds.get(name) not in (int, float) or not number.isdecimal():
             raise UserError(f"--config {pair}: must be FIELD=N, with a field of Config")
         sizes[name] = kinds[name](value)
         if not 1e-9 <= sizes[name] < 2**20:
@@ -120,20 +130,22 @@ def read_config(pairs: list[str]) -> Config:
 
 def prepare_folder(out: Path, resume: bool, overwrite: bool, device) -> tuple:
     """Make a folder a run's own -> what resume goes on from, and a lock to keep. Raises UserError."""
+    if resume and not (out / "resume.pt").exists():
+        raise UserError(f"{out / 'resume.pt'}: does not exist; a run without --resume begins there")
     out.mkdir(parents=True, exist_ok=True)
-    content = load_file(out / "resume.pt") if resume else None
-    if content and "settings" not in content:
-        raise UserError(f"{out / 'resume.pt'}: not what --resume goes on from")
     wrong, lock = None, (out / ".lock").open("a")
     if process()[0] == 0:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             wrong = "another run is at work there"
-        if not content and not overwrite and any(out.glob("*.pt")):
+        if not resume and not overwrite and any(out.glob("*.pt")):
             wrong = "holds another run; --resume, --overwrite, or another --out"
     if any_process(wrong, device):
         raise UserError(f"{out}: {wrong or 'see the first process'}")
+    content = load_file(out / "resume.pt") if resume else None  # no other run writes it now
+    if content and "settings" not in content:
+        raise UserError(f"{out / 'resume.pt'}: not what --resume goes on from")
     return content, lock
 
 

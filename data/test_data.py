@@ -292,9 +292,11 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
         assert said in capsys.readouterr().err and small.read_bytes() == before
     strict = SMALL.replace(" --from-scratch", "").split()
     for words, said in (
+        ("--resume", "does not exist"),
         ("--stage mutual", "--init"),
         ("--config widht=3", "widht"),
         ("--config width=4.5", "FIELD=N"),
+        ("--config width=²", "FIELD=N"),
         ("--seconds 0.1", "--seconds"),
         ("--stage codec --batch 0", "--batch"),
         ("--init nowhere.pt", "nowhere.pt"),
@@ -305,6 +307,7 @@ def test_train_refuses_mistakes_in_one_line_and_keeps_what_is_there(small, tmp_p
         assert train.main([*strict, *words.split(), "--out", str(tmp_path / "new")]) == 2
         lines = capsys.readouterr().err.splitlines()
         assert said in lines[-1] and "Traceback" not in "".join(lines), (words, lines)
+        assert not (tmp_path / "new").exists() or words != "--resume"
     assert run_train(small.parent, "--stage joint --steps 2 --overwrite") == 0
     new, old = checkpoint.load_file(small), torch.load(io.BytesIO(before[:-32]))
     for name in ("model", "codecs"):  # the same run, anew

@@ -233,8 +233,9 @@ def open_results(args) -> dict:
     for name, arm in ARMS.items():
         if results["arms"].get(name, {"options": arm.options})["options"] != arm.options:
             others.append(f"training of {name}")
-            del results["arms"][name]  # to be made again
-            results["rows"] = [row for row in results["rows"] if row["arm"] != name]
+            if name in args.arms:  # to be made again
+                del results["arms"][name]
+                results["rows"] = [row for row in results["rows"] if row["arm"] != name]
     if others and not args.mix:
         raise UserError(f"{args.results}: of another {others[0]}; --mix goes on even so")
     return results | args.checksums | {"mixed": results["mixed"] or bool(others)}

@@ -15,7 +15,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +26,8 @@ from data.writer import FilmWriter
 from mutual_forcing import Config, UserError
 from sample import SHIPPED, load_talker
 
-LONGEST_BODY, LONGEST_TEXT = 4096, 500  # bytes; letters
-MOST_FILMS, KEPT_SECONDS = 4, 60  # films at a time; what can be saved of each
-LEFT_SECONDS = 3  # a film that no page has asked for so long gives way to a new one
+LONGEST_BODY, LONGEST_TEXT, KEPT_SECONDS = 4096, 500, 60  # bytes; letters; of a film, to be saved
+MOST_FILMS, LEFT_SECONDS = 4, 3  # films at a time; one that is not asked for so long gives way
 
 
 class LiveFilm:
@@ -37,13 +35,14 @@ class LiveFilm:
 
     def __init__(self, model, codecs):
         self.model, self.codecs, self.cfg = model, codecs, model.cfg
+        self.stream = iter(())  # until begin()
         self.symbols = []  # one for each frame that the stream has read, and of the text that waits
         self.num_frames, self.asked = 0, time.monotonic()  # frames made; when a page last asked
         self.kept = deque(maxlen=round(KEPT_SECONDS / self.cfg.chunk_seconds))  # frames, samples
 
     def transcript(self):
         """A symbol for each frame to come, chosen when the stream reads it: of text, or silence."""
-        for frame in count(self.num_frames):
+        for frame in range(self.num_frames, sys.maxsize):
             if frame == len(self.symbols):
                 self.symbols.append(self.cfg.silence)
             yield self.symbols[frame]
@@ -166,10 +165,11 @@ class Server(ThreadingHTTPServer):
     def act(self, path: str, film: str = "", **asked):
         """What a film does that a page asks for, in the maker. Raises UserError."""
         if path == "/begin" and film not in self.films:
-            oldest = time.monotonic() - LEFT_SECONDS
-            self.films = {name: old for name, old in self.films.items() if old.asked > oldest}
-            if len(self.films) >= MOST_FILMS:
-                raise UserError(f"{MOST_FILMS} films are playing; close the page of one")
+            if len(self.films) == MOST_FILMS:
+                left = min(self.films, key=lambda name: self.films[name].asked)
+                if time.monotonic() - self.films[left].asked < LEFT_SECONDS:
+                    raise UserError(f"{MOST_FILMS} films are playing; close the page of one")
+                del self.films[left]
             self.films[film] = LiveFilm(self.model, self.codecs)
         if film not in self.films:
             raise UserError("this film has ended; begin another one")

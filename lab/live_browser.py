@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
@@ -167,10 +168,11 @@ def main(argv=None) -> int:
             browser = Browser(f"http://127.0.0.1:{port}", args.out)
             print(json.dumps(use(browser, address, server, args)))
         finally:
-            if browser:
-                browser.tell("", "DELETE")
-            driver.terminate()
             server.kill()
+            if browser:
+                with suppress(OSError):  # the driver may have died
+                    browser.tell("", "DELETE")
+            driver.terminate()
     return 0
 
 

@@ -26,7 +26,8 @@ COLUMNS = {
 
 def kept_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run by time, and its end. Raises UserError if there are none."""
-    paths = sorted(folder.glob("after-*-minutes.pt")) + [*folder.glob("mutual.pt")]
+    paths = sorted(folder.glob("after-*-minutes.pt"), key=lambda path: (len(path.name), path.name))
+    paths += folder.glob("mutual.pt")
     if not paths:
         raise UserError(f"{folder}: holds no checkpoint that train.py keeps")
     return paths
@@ -34,9 +35,12 @@ def kept_checkpoints(folder: Path) -> list[Path]:
 
 def score_line(folder: Path, make_codecs, device, **options) -> list[dict]:
     """A row for each checkpoint, and one of ground truth; figures are of the last window."""
-    about, models = {}, {}
+    about, models, done = {}, {}, {}  # done: the minutes of stages that the run has left behind
     for path in kept_checkpoints(folder):
         extra = load_checkpoint(path, make_codecs)[2]
+        if not done.items() <= extra["minutes"].items():
+            continue  # the end of an earlier run, which --overwrite leaves until it is replaced
+        done = {name: spent for name, spent in extra["minutes"].items() if name != extra["stage"]}
         minutes = f"{sum(extra['minutes'].values()):.0f}"
         about[minutes] = extra["stage"]
         try:
@@ -71,6 +75,8 @@ def main(argv=None, make_codecs=make_codecs) -> int:
     options = {"talkers": args.talkers, "seconds": args.seconds}
 
     def run():
+        if args.talkers < 2 or not 5 <= args.seconds <= 86400:
+            raise UserError("--talkers must be at least 2, --seconds between 5 and 86400")
         device = runs.find_device(args.device)
         print(markdown(score_line(args.folder, make_codecs, device, **options)))
 

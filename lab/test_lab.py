@@ -213,15 +213,21 @@ def test_evaluate_scores_in_windows(checkpoint, monkeypatch, capsys):
 
 
 def test_the_score_line_has_a_row_for_each_kept_checkpoint(tmp_path, capsys):
-    assert score_line.main([str(tmp_path)]) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err
-    for name, stage, minutes in (("after-030-minutes", "codec", 30.0), ("mutual", "mutual", 61.2)):
-        extra = {"stage": stage, "minutes": {stage: minutes}}
+    words = [str(tmp_path), "--seconds", "5", "--talkers"]
+    for talkers, said in (("2", "holds no checkpoint"), ("1", "--talkers must be")):
+        assert score_line.main([*words, talkers]) == 2
+        assert said in capsys.readouterr().err
+    for name, codec, joint in (("after-990-minutes", 30.0, 960), ("after-1020-minutes", 30, 990.0)):
+        extra = {"stage": "joint", "minutes": {"codec": codec, "joint": joint}}
         save_checkpoint(tmp_path / f"{name}.pt", lively(SMALL), make_codecs(SMALL), extra)
-    assert score_line.main([str(tmp_path), "--talkers", "2", "--seconds", "5"]) == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
-    assert rows[2][:3] == ["| 30", "codec", "-"] and rows[3][:2] == ["| 61", "mutual"]
-    assert 0 < float(rows[3][2]) <= 1 and float(rows[4][2]) == 0  # letters misread: ours, truth's
+    for codec, rows in ((29, ["990", "1020", "ground"]), (30, ["990", "1020", "1021", "ground"])):
+        extra = {"stage": "mutual", "minutes": {"codec": codec, "joint": 990.0, "mutual": 1}}
+        save_checkpoint(tmp_path / "mutual.pt", lively(SMALL), make_codecs(SMALL), extra)
+        assert score_line.main([*words, "2"]) == 0
+        table = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+        assert [line[0].split()[1] for line in table] == rows  # none of an earlier run
+    assert table[2][1] == "mutual" and 0 < float(table[2][2]) <= 1  # letters misread
+    assert float(table[3][2]) == 0
 
 
 def test_clips_have_no_letters_to_score():
@@ -399,6 +405,10 @@ def test_claims(tmp_path, monkeypatch, capsys):
     assert page.read_text() == f"above\n{claims.BEGIN}\n{tables}{claims.END}\nbelow\n"
     monkeypatch.setattr(claims, "ARMS", usual)
     assert claims.main(words) == 2 and "training of shortcut" in capsys.readouterr().err
+    others = " ".join(words).replace("shortcut self-forcing", "two-stages").split()
+    with pytest.raises(TypeError):
+        claims.main([*others, "--mix"])  # only arms that are made again lose their rows
+    assert json.loads(results.read_text())["rows"] == whole["rows"]
     monkeypatch.setattr(claims, "ARMS", short)
     results.write_text(json.dumps(whole | {"code": "other"}))
     assert claims.main(words) == 2 and "another code; --mix" in capsys.readouterr().err
@@ -555,6 +565,8 @@ def test_a_live_server_refuses_in_one_line(live_server, monkeypatch, capfd):
         (400, "/say", {"method": "GET"}),
         (400, "/chunk", {"film": "1"}),
         (400, "/chunk", {}),
+        (400, "/begin", {"film": "b", "seed": -1}),
+        (400, "/chunk", {"film": "b"}),
         (403, "/", {"method": "GET", "headers": {"Host": "example.com"}}),
         (403, "/begin", {"headers": {"Origin": "http://example.com"}}),
         (413, "/say", {"film": film, "text": "a" * 4097}),
@@ -588,13 +600,15 @@ def test_a_live_server_refuses_in_one_line(live_server, monkeypatch, capfd):
 
 def test_a_live_film_that_no_page_asks_for_makes_room(live_server):
     server, ask = live_server
-    films = [begun(ask, name) for name in "abcd"]
-    for name in films:
+    for name in "abc":
+        begun(ask, name)
         server.films[name].asked -= live.LEFT_SECONDS + 1
-    read_chunks(ask, "b", 0, 1)
+    read_chunks(ask, "a", 0, 1)
+    begun(ask, "d")
+    assert list(server.films) == ["a", "b", "c", "d"]  # there is room: nobody has to go
     begun(ask, "e")
-    assert list(server.films) == ["b", "e"]
-    status, line = ask("/chunk", film="a")
+    assert list(server.films) == ["a", "c", "d", "e"]
+    status, line = ask("/chunk", film="b")
     assert status == 400 and b"has ended" in line
 
 
@@ -655,14 +669,19 @@ def test_sample_speaks_what_is_typed_while_it_is_typed(checkpoint, tmp_path, mon
         thread.join()
         return code
 
+    monkeypatch.setattr("sys.stdin", None)
     out = tmp_path / "film.wav"
     words = f"--checkpoint {checkpoint} --out {out} --device cpu --json --say".split()
-    assert type_in(b"hi\n", b"you") == 0
-    typed, figures = soundfile.read(out)[0], json.loads(capsys.readouterr().out)
-    frames = 2 + 3 * len("hi you") + 8
-    assert figures["frames"] == frames and len(typed) == frames * 500
-    assert sample.main([*words, "hi you", "--seconds", "3"]) == 0
-    assert np.array_equal(typed, soundfile.read(out)[0][: len(typed)])
+    assert sample.main([*words, "-"]) == 2
+    assert "no standard input" in capsys.readouterr().err
+    for *parts, text in ((b"hi\n", b"you", "hi you"), (b"\xc3", b"\xa9m", "em")):
+        assert type_in(*parts) == 0
+        typed, figures = soundfile.read(out)[0], json.loads(capsys.readouterr().out)
+        frames = 2 + 3 * len(text) + 8  # of the second text: whole chunks
+        assert figures["frames"] == frames and len(typed) == frames * 500
+        assert sample.main([*words, text, "--seconds", "3"]) == 0
+        capsys.readouterr()
+        assert np.array_equal(typed, soundfile.read(out)[0][: len(typed)])
     out.unlink()
     assert type_in(b"\n", b"1 2") == 2
     assert "nothing in it can be spoken" in capsys.readouterr().err and not out.exists()
