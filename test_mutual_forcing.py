@@ -697,6 +697,7 @@ def test_all_stages_run_in_turn_and_each_trains_what_it_says(tmp_path):
     assert run_train(tmp_path / "teacher", words) == 0
     words = f"--stage mutual --steps 1 --flow 0 --shortcut 0 --init {tmp_path}/joint.pt --teacher"
     assert run_train(tmp_path / "self-forcing", f"{words} {tmp_path}/teacher/joint.pt") == 0
+    assert run_train(tmp_path / "wrong", f"{words} {tmp_path}/codec.pt") == 2
 
 
 def test_sample_refuses_mistakes_in_one_line_and_keeps_an_old_film(small, tmp_path, capsys):

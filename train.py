@@ -272,7 +272,7 @@ def run(args, make_codecs) -> None:
         model = AudioVideoTransformer(runs.read_config(args.config))
         codecs = make_codecs(model.cfg)
         # Rounded as in a checkpoint, so that a resumed run has the same.
-        codecs.load_state_dict({name: x.half() for name, x in codecs.state_dict().items()})
+        codecs.load_state_dict(checkpoint.in_half_precision(codecs))
     cfg = model.cfg
     if args.stage == "all" and not hasattr(codecs.video, "loss"):
         stages.remove("codec")  # this codec is not trained
@@ -281,8 +281,9 @@ def run(args, make_codecs) -> None:
     if args.teacher:
         args.real, _, extra = checkpoint.load_checkpoint(args.teacher, make_codecs)
         args.real_is_whole = bool(extra.get("whole"))
-        if not checkpoint.same_format(cfg, args.real.cfg):
-            raise UserError(f"{args.teacher}: makes films of another format than the model")
+        scores = extra.get("stage") in ("joint", "mutual")
+        if not scores or not checkpoint.same_format(cfg, args.real.cfg):
+            raise UserError(f"{args.teacher}: before stage 2, or of films of another format")
     if args.data:
         longest = max(max(plan_of(args, stage).seconds) for stage in stages)
         args.clips = load_clips(args.data, cfg, frames_of(cfg, longest), args.out / ".clips")

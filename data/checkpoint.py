@@ -54,6 +54,12 @@ def load_file(path) -> dict:
     return content
 
 
+def in_half_precision(module: torch.nn.Module) -> dict:
+    """A module's state; its integers, if it has any, stay as they are."""
+    state = module.state_dict()
+    return {name: x.half() if x.is_floating_point() else x for name, x in state.items()}
+
+
 def save_checkpoint(path, model: AudioVideoTransformer, codecs: Codecs, extra: dict | None = None):
     """Store a model's config, its and its codecs' weights in half precision, and extra plain values.
 
@@ -62,10 +68,7 @@ def save_checkpoint(path, model: AudioVideoTransformer, codecs: Codecs, extra: d
     """
     content = {"config": asdict(model.cfg), "extra": extra or {}}
     for name, module in (("model", model), ("codecs", codecs)):
-        weights = module.state_dict()
-        content[name] = {
-            key: x.half() if x.is_floating_point() else x for key, x in weights.items()
-        }
+        content[name] = in_half_precision(module)
         for key, x in content[name].items():
             if not x.isfinite().all():
                 raise CheckpointError(f"{key} is not finite in half precision; {path} not written")
