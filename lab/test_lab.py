@@ -220,7 +220,7 @@ def test_the_score_line_has_a_row_for_each_kept_checkpoint(tmp_path, capsys):
     for name, codec, joint in (("after-990-minutes", 30.0, 960), ("after-1020-minutes", 30, 990.0)):
         extra = {"stage": "joint", "minutes": {"codec": codec, "joint": joint}}
         save_checkpoint(tmp_path / f"{name}.pt", lively(SMALL), make_codecs(SMALL), extra)
-    for codec, rows in ((29, ["990", "1020", "ground"]), (30, ["990", "1020", "1021", "ground"])):
+    for codec, rows in ((31, ["990", "1020", "ground"]), (30, ["990", "1020", "1021", "ground"])):
         extra = {"stage": "mutual", "minutes": {"codec": codec, "joint": 990.0, "mutual": 1}}
         save_checkpoint(tmp_path / "mutual.pt", lively(SMALL), make_codecs(SMALL), extra)
         assert score_line.main([*words, "2"]) == 0
