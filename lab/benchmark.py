@@ -37,6 +37,8 @@ from data.writer import FilmWriter
 from lab.evaluate import markdown
 
 TEXT = "the quick brown fox"  # after it the films are silent, which takes the same time
+# Of a training step: one warms up; in stage 3 five have rollouts of 4 denoising steps, five of 8.
+TURNS = 11
 LEGEND = """
 - start-up: import, without that of torch; load, until the model is on the device; the first chunk
 - chunk: half a second of film from stream(), decoded; decode: the codecs' share of it
@@ -174,9 +176,7 @@ def training_row(checkpoint: Path, device, make_codecs, *, objectives, batch, se
             return sum(train.losses_of(state, x, controls, args)[0].values())
 
     turns = []
-    # The first turn warms up. In stage 3, five of the others have rollouts of 4 denoising steps,
-    # and five of 8.
-    for turn in range(11):
+    for turn in range(TURNS):
         with train.autocast(args):
             films_s, (x, controls) = timed(device, batches.latents, turn, state.codecs, device)
         forward_s, loss = timed(device, loss_of, x, controls)
