@@ -60,12 +60,9 @@ def start_processes(device: torch.device) -> torch.device:
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return device
     if device.type == "cuda":
-        device, count = (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])),
-            torch.cuda.device_count(),
-        )
-        if device.index >= count:
-            raise UserError(f"a GPU for each process: this machine has {count}")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"each process needs a GPU; here are {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
     elif device.type != "cpu":
         raise UserError(f"several processes cannot share {device.type}; --device cpu")

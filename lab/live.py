@@ -26,7 +26,7 @@ from data.writer import FilmWriter
 from mutual_forcing import Config, UserError
 from sample import SHIPPED, load_talker
 
-LONGEST_BODY, LONGEST_TEXT, KEPT_SECONDS = 4096, 500, 60  # bytes; letters; of a film, to be saved
+LONGEST_BODY, LONGEST_TEXT, KEPT_SECONDS = 4096, 500, 60  # bytes; letters; what can be saved
 MOST_FILMS, LEFT_SECONDS = 4, 3  # films at a time; one that is not asked for so long gives way
 
 
