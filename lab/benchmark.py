@@ -37,8 +37,9 @@ from data.writer import FilmWriter
 from lab.evaluate import markdown
 
 TEXT = "the quick brown fox"  # after it the films are silent, which takes the same time
-# Of a training step: one warms up; in stage 3 five have rollouts of 4 denoising steps, five of 8.
-TURNS = 11
+# Training steps that are timed; the first warms up. Of the others five draw rollouts of 4 denoising
+# steps in stage 3, and five of 8 (train.losses_of()); so do the steps whose operations are counted.
+TURNS, COUNTED = 11, (4, 5)
 LEGEND = """
 - start-up: import, without that of torch; load, until the model is on the device; the first chunk
 - chunk: half a second of film from stream(), decoded; decode: the codecs' share of it
@@ -188,8 +189,7 @@ def training_row(checkpoint: Path, device, make_codecs, *, objectives, batch, se
     row = dict(zip(names, parts)) | {"step_ms": parts.sum()}
     row["peak_memory_mb"] = memory(device, peak=True)
     limits = []
-    for step in (4, 5):  # rollouts of 4 and of 8
-        state.step = step
+    for state.step in COUNTED:
         limits.append(limit_of(lambda: loss_of(x, controls).backward(), device))
     return row | {"limit_share": 1000 * np.mean(limits) / (row["forward_ms"] + row["backward_ms"])}
 

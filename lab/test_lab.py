@@ -286,6 +286,21 @@ def test_a_chunk_costs_its_steps_and_the_commit():
     assert operations(1) - decoding == pytest.approx(2 * step, rel=0.1)
 
 
+def test_the_benchmark_times_as_many_rollouts_of_4_steps_as_of_8(monkeypatch):
+    drawn = []
+
+    def recording(*_, steps, **__):
+        drawn.append(steps)
+
+    monkeypatch.setattr(train.mf, "mutual_forcing_loss", recording)
+    args = train.build_parser().parse_args([])
+    args.weights, args.extra, args.real_is_whole = {}, None, False
+    state = argparse.Namespace(stage="mutual", model=None, ema=None, real=None, nets={})
+    for state.step in [*range(1, benchmark.TURNS), *benchmark.COUNTED]:
+        train.losses_of(state, None, None, args)
+    assert drawn.count(4) == drawn.count(8) == 6 and drawn[-2:] == [4, 8]
+
+
 def test_benchmark_prints_positive_figures(checkpoint, monkeypatch, capsys):
     (what, measure, settings), training_jobs = benchmark.JOBS[1], benchmark.JOBS[-3:]
     given = (checkpoint, torch.device("cpu"), make_codecs)
