@@ -61,9 +61,11 @@ def list_files(folder: Path) -> tuple[list[Path], list[Path], dict[Path, str]]:
     paths, texts, remarks = [], [], {}
     for path in sorted(folder.rglob("*")):
         *parents, name = path.relative_to(folder).parts
-        if not path.is_file() or any(parent.startswith(".") for parent in parents):
+        if path.is_dir() or any(parent.startswith(".") for parent in parents):
             continue
-        if name.startswith("."):
+        if not path.is_file():
+            remarks[path] = f"{UNUSED}a link to nothing, or no file"
+        elif name.startswith("."):
             remarks[path] = f"{UNUSED}hidden"
         elif path.suffix.lower() in SUBTITLES:
             texts.append(path)

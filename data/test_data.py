@@ -483,9 +483,10 @@ def test_a_folder_is_used_or_named(film, tmp_path, capsys):
     for name in ("a.en.srt", "a.srt", "orphan.vtt", "n.txt", ".hidden"):
         (folder / name).write_text(TWO)
     (folder / "damaged.mp4").write_bytes(b"\0nothing")
+    (folder / "gone.mp4").symlink_to("nowhere")
     clips = load_clips(folder, CFG, 24, cache)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith("1 clips with words, 4 without words, 8 files not used")
+    assert lines[0].endswith("1 clips with words, 4 without words, 9 files not used")
     for line in """without sound, for stage codec alone: e.avi
         d.m4a: not used, it has no picture
         a.en.srt: not used, a.mp4 has a.srt
@@ -493,6 +494,7 @@ def test_a_folder_is_used_or_named(film, tmp_path, capsys):
         p.png: not used, 0.06 s, a clip takes 1.50 s
         n.txt: not used, a text, or empty
         .hidden: not used, hidden
+        gone.mp4: not used, a link to nothing, or no file
         short.mkv: not used, 0.50 s, a clip takes 1.50 s""".splitlines():
         assert f"  {line.strip()}" in lines
     assert "  damaged.mp4: not used, nothing in it can be decoded" in "\n".join(lines)

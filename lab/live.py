@@ -69,9 +69,9 @@ class LiveFilm:
         frames, samples = next(self.stream, (None, None))
         if frames is None:
             raise UserError("this film has ended; begin another one")
-        # Sound comes a hop later than its frames: silence precedes the first of a stream.
+        # Sound comes a hop later than its frames: the first of a stream lacks it, the last has it.
         length = round(self.cfg.chunk_seconds * self.cfg.sample_rate)
-        samples = np.pad(samples, (length - len(samples), 0))
+        samples = np.pad(samples, (max(0, length - len(samples)), 0))[:length]
         self.kept.append((frames, samples))
         index = np.uint32(self.num_frames // self.cfg.chunk_frames)
         symbols = self.symbols[self.num_frames : self.num_frames + len(frames)]

@@ -1,4 +1,4 @@
-"""Use the page of lab/live.py in a real Chromium: `python -m lab.live_browser --out FOLDER`.
+"""Use the page of lab/live.py in a real Chromium: `python -m lab.live_browser`.
 
 Needs Debian's chromium-driver. Sentences are typed, screenshots show open mouths, and the ruler
 reads the film that the page saves; a second page plays and is closed; the server is killed.
@@ -136,7 +136,7 @@ def use(browser: Browser, address: str, server: subprocess.Popen, args) -> dict:
 def main(argv=None) -> int:
     """Prints figures as JSON, or the reason why there are none."""
     parser = argparse.ArgumentParser("lab.live_browser", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=".", help="folder of screenshots and film")
+    parser.add_argument("--out", type=Path, default="runs/live", help="folder; default %(default)s")
     parser.add_argument("--checkpoint", type=Path, default=SHIPPED)
     parser.add_argument("--minutes", type=float, default=1, help="of talk, 200 sentences an hour")
     args = parser.parse_args(argv)

@@ -572,6 +572,17 @@ def test_a_saved_live_film_has_the_frames_and_the_sound_of_its_last_seconds(
     assert correlations[0] == max(correlations.values()) > 0.4
 
 
+def test_the_last_chunk_of_a_live_stream_is_as_long_as_the_others(live_server):
+    server, _ = live_server
+    film = live.LiveFilm(server.model, server.codecs)
+    settings = {"seconds": 2 * TINY.chunk_seconds, "character": "ada", "steps": 4}
+    transcript = film.transcript()
+    film.stream = stream_film(server.model, server.codecs, transcript=transcript, **settings)
+    assert len(film.chunk()) == len(film.chunk())
+    with pytest.raises(mf.UserError, match="ended"):
+        film.chunk()
+
+
 def test_a_live_server_refuses_in_one_line(live_server, monkeypatch, capfd):
     monkeypatch.setattr(live, "LEFT_SECONDS", 60)
     server, ask = live_server
