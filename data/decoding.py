@@ -98,7 +98,8 @@ def decode_clip(path: Path, cfg: Config, least: int = 1) -> Clip:
     """A file -> its picture and its sound; of a damaged file, what precedes the damage.
 
     A sound that is whole and short is followed by silence, if the picture is whole, too; one
-    that is damaged and too short is left out. Raises ClipError if the picture does not last `least` frames.
+    that is damaged and too short is left out. Raises ClipError if the picture does not last
+    `least` frames.
     """
     data, intact, damage = decode_stream(path, PICTURE, cfg)
     count = len(data) // (3 * cfg.image**2)
