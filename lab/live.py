@@ -69,7 +69,7 @@ class LiveFilm:
         frames, samples = next(self.stream, (None, None))
         if frames is None:
             raise UserError("this film has ended; begin another one")
-        # Sound comes a hop later than its frames: a stream's first chunk lacks a hop, its last has two.
+        # Sound comes a hop later than its frames: the first chunk lacks a hop, the last has one more.
         length = round(self.cfg.chunk_seconds * self.cfg.sample_rate)
         samples = np.pad(samples, (max(0, length - len(samples)), 0))[:length]
         self.kept.append((frames, samples))
